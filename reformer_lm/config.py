@@ -1,0 +1,291 @@
+"""Every knob of the model, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from reformer_lm.ops.hashing import factorize_buckets
+from reformer_lm.ops.keys import KeyNorm
+
+FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu")
+POSITION_TYPES = ("axial", "rotary", "absolute", "sinusoidal")
+NORM_TYPES = ("layernorm", "scalenorm", "rezero")
+
+
+class ReformerLMConfig(PreTrainedConfig):
+    """Configuration of a Reformer language model.
+
+    Sizes:
+        vocab_size: number of tokens in the vocabulary.
+        hidden_size: width of the two residual streams.
+        num_hidden_layers: reversible layers, each one attention and one feed-forward block.
+        num_attention_heads: heads of the attention.
+        head_dim: width of one head; None means hidden_size / num_attention_heads.
+        intermediate_size: width of the feed-forward block; None means 4 * hidden_size.
+        embedding_size: width of a factorised token embedding, projected to hidden_size; None means hidden_size.
+        max_position_embeddings: longest sequence, in tokens.
+
+    LSH attention (Kitaev et al. 2020, section 2):
+        bucket_size: tokens a bucket holds at full length, and the window of earlier tokens of its bucket that a
+            token sees per round.
+        num_hashes: hash rounds.
+        num_buckets: buckets per round, even; None means max_position_embeddings / bucket_size rounded up to even
+            (with lsh_mask="chunked": the current length / bucket_size, as reformer-pytorch does). Above 128 it is
+            rounded up to a product of two even factors, each hashed by a rotation of its own.
+        lsh_mask: "causal", exactly causal; or "chunked", the fixed chunks of reformer-pytorch and transformers.
+        key_norm: length of the shared keys, "rms" (sqrt(head_dim)) or "unit" (1, as in reformer-pytorch).
+        rehash: "fixed" rotations, or fresh ones at each training "step".
+        hash_seed: seed of the rotations, together with the layer's index.
+        num_shifted_heads: LSH heads that read the value that *followed* a match; None means all LSH heads with
+            lsh_mask="causal" and none with "chunked".
+        full_attention_threshold: with "causal", the first so many positions of any sequence attend to all earlier
+            tokens (position by position, so the model stays exactly causal); with "chunked", sequences up to this
+            length use full attention.
+        attend_across_buckets: "chunked" only: whether a token sees other buckets of its two chunks.
+
+    Local heads:
+        num_local_heads: heads with windowed attention; None means half of them.
+        local_window: tokens a local head sees, itself included; None means 2 * bucket_size.
+        local_keys: "separate", a key projection of their own; or "shared", keys are the normalised queries.
+        local_rotary: whether local heads use rotary positions.
+
+    Positions:
+        position_type: "axial", "rotary" (on the LSH heads' shared vectors), "absolute" or "sinusoidal".
+        axial_shape: the two factors of the position grid, their product at least max_position_embeddings; None
+            means [max_position_embeddings / bucket_size rounded up, bucket_size].
+        axial_dims: widths of the two parts, concatenated, adding up to the embedding's width; None means that both
+            parts have the full width and are summed.
+
+    Blocks:
+        norm_type: "layernorm", "scalenorm" or "rezero" (a learned factor, starting at 0, in place of a norm).
+        layer_norm_eps: epsilon of the norms.
+        ff_activation: "gelu", "gelu_tanh", "relu", "silu", or the gated "geglu", "swiglu", "reglu".
+        ff_chunk_size: tokens per piece of the feed-forward block; 0 means all at once.
+        reversible_threshold: sequences up to this many tokens keep their activations (plain autograd); longer ones
+            are rebuilt in the backward pass.
+        hidden_dropout_prob: dropout after the embedding and after each block.
+        activation_dropout: dropout inside the feed-forward block.
+        attention_dropout: dropout of attention weights.
+        layer_dropout: probability of skipping a layer in a training step.
+
+    Head and initialisation:
+        tie_word_embeddings: whether the output matrix is the token embedding.
+        lm_head_bias: whether the output layer has a bias.
+        initializer_range: standard deviation of the initial weights; those that write into the residual streams
+            get initializer_range / sqrt(2 * num_hidden_layers), as in GPT-2.
+
+    Raises:
+        ValueError: on an impossible combination, naming the field, its value and the remedy.
+    """
+
+    model_type = "reformer_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 21128,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 8,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        embedding_size: int | None = None,
+        max_position_embeddings: int = 4096,
+        bucket_size: int = 64,
+        num_hashes: int = 4,
+        num_buckets: int | None = None,
+        lsh_mask: str = "causal",
+        key_norm: KeyNorm = "rms",
+        rehash: str = "fixed",
+        hash_seed: int = 0,
+        num_shifted_heads: int | None = None,
+        full_attention_threshold: int = 0,
+        attend_across_buckets: bool = True,
+        num_local_heads: int | None = None,
+        local_window: int | None = None,
+        local_keys: str = "separate",
+        local_rotary: bool = True,
+        position_type: str = "axial",
+        axial_shape: list[int] | None = None,
+        axial_dims: list[int] | None = None,
+        norm_type: str = "layernorm",
+        layer_norm_eps: float = 1e-5,
+        ff_activation: str = "gelu",
+        ff_chunk_size: int = 0,
+        reversible_threshold: int = 0,
+        hidden_dropout_prob: float = 0.0,
+        activation_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        tie_word_embeddings: bool = True,
+        lm_head_bias: bool = False,
+        initializer_range: float = 0.02,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.embedding_size = embedding_size
+        self.max_position_embeddings = max_position_embeddings
+        self.bucket_size = bucket_size
+        self.num_hashes = num_hashes
+        self.num_buckets = num_buckets
+        self.lsh_mask = lsh_mask
+        self.key_norm = key_norm
+        self.rehash = rehash
+        self.hash_seed = hash_seed
+        self.num_shifted_heads = num_shifted_heads
+        self.full_attention_threshold = full_attention_threshold
+        self.attend_across_buckets = attend_across_buckets
+        self.num_local_heads = num_local_heads
+        self.local_window = local_window
+        self.local_keys = local_keys
+        self.local_rotary = local_rotary
+        self.position_type = position_type
+        self.axial_shape = None if axial_shape is None else list(axial_shape)
+        self.axial_dims = None if axial_dims is None else list(axial_dims)
+        self.norm_type = norm_type
+        self.layer_norm_eps = layer_norm_eps
+        self.ff_activation = ff_activation
+        self.ff_chunk_size = ff_chunk_size
+        self.reversible_threshold = reversible_threshold
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.activation_dropout = activation_dropout
+        self.attention_dropout = attention_dropout
+        self.layer_dropout = layer_dropout
+        self.tie_word_embeddings = tie_word_embeddings
+        self.lm_head_bias = lm_head_bias
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self._check()
+        self._resolve()
+        super().__init__(**kwargs)
+
+    @property
+    def bucket_factors(self) -> tuple[int, ...] | None:
+        """Buckets of each rotation of one hash round; None where their number follows the current length."""
+        return None if self.num_buckets is None else factorize_buckets(self.num_buckets)
+
+    def _check(self) -> None:
+        for name in (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
+            "num_hashes"
+        ).split():
+            self._require_count(name, 1)
+        for name in "head_dim intermediate_size embedding_size local_window".split():
+            self._require_count(name, 1, optional=True)
+        for name in "full_attention_threshold reversible_threshold ff_chunk_size".split():
+            self._require_count(name, 0)
+        self._require_choice("lsh_mask", ("causal", "chunked"))
+        self._require_choice("key_norm", ("rms", "unit"))
+        self._require_choice("rehash", ("fixed", "step"))
+        self._require_choice("local_keys", ("separate", "shared"))
+        self._require_choice("position_type", POSITION_TYPES)
+        self._require_choice("norm_type", NORM_TYPES)
+        self._require_choice("ff_activation", FEED_FORWARD_ACTIVATIONS)
+        for name in "hidden_dropout_prob activation_dropout attention_dropout layer_dropout".split():
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise _impossible(name, getattr(self, name), "give a probability of at least 0 and below 1")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise _impossible(
+                "hidden_size",
+                self.hidden_size,
+                f"make it a multiple of num_attention_heads ({self.num_attention_heads}), or give head_dim",
+            )
+        if self.num_buckets is not None and (self.num_buckets < 2 or self.num_buckets % 2):
+            raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2")
+        self._check_heads()
+        self._check_positions()
+
+    def _check_heads(self) -> None:
+        heads = self.num_attention_heads
+        if self.num_local_heads is not None and not 0 <= self.num_local_heads <= heads:
+            raise _impossible("num_local_heads", self.num_local_heads, f"give 0 to num_attention_heads ({heads})")
+        local = heads // 2 if self.num_local_heads is None else self.num_local_heads
+        if self.num_shifted_heads is not None and not 0 <= self.num_shifted_heads <= heads - local:
+            raise _impossible(
+                "num_shifted_heads",
+                self.num_shifted_heads,
+                f"give 0 to {heads - local}, the heads that are not local (num_local_heads is {local})",
+            )
+        dim = self.head_dim or self.hidden_size // heads
+        rotates = (self.local_rotary and local) or self.position_type == "rotary"
+        if rotates and dim % 2:
+            raise _impossible(
+                "head_dim",
+                dim,
+                'make it even for rotary positions, or set local_rotary=False and position_type="axial"',
+            )
+
+    def _check_positions(self) -> None:
+        width = self.embedding_size or self.hidden_size
+        if self.position_type == "sinusoidal" and width % 2:
+            raise _impossible("embedding_size", width, "make it even for sinusoidal positions")
+        if self.position_type != "axial":
+            for name in ("axial_shape", "axial_dims"):
+                if getattr(self, name) is not None:
+                    remedy = f'leave it out, or set position_type="axial" (it is "{self.position_type}")'
+                    raise _impossible(name, getattr(self, name), remedy)
+            return
+        shape = self.axial_shape
+        if shape is not None:
+            if len(shape) != 2 or any(not isinstance(side, int) or side < 1 for side in shape):
+                raise _impossible("axial_shape", shape, "give two positive whole numbers")
+            if math.prod(shape) < self.max_position_embeddings:
+                raise _impossible(
+                    "axial_shape",
+                    shape,
+                    f"its product is {math.prod(shape)}; make it at least "
+                    f"max_position_embeddings ({self.max_position_embeddings})",
+                )
+        if self.axial_dims is not None and (
+            len(self.axial_dims) != 2 or min(self.axial_dims) < 1 or sum(self.axial_dims) != width
+        ):
+            raise _impossible(
+                "axial_dims", self.axial_dims, f"give two numbers that add up to {width}, or leave it out"
+            )
+
+    def _resolve(self) -> None:
+        """Writes the defaults that depend on other fields, so that a saved config says them all."""
+        heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.local_window is None:
+            self.local_window = 2 * self.bucket_size
+        if self.num_local_heads is None:
+            self.num_local_heads = heads // 2
+        if self.num_shifted_heads is None:
+            self.num_shifted_heads = heads - self.num_local_heads if self.lsh_mask == "causal" else 0
+        if self.position_type == "axial" and self.axial_shape is None:
+            self.axial_shape = [math.ceil(self.max_position_embeddings / self.bucket_size), self.bucket_size]
+        if self.num_buckets is None and self.lsh_mask == "causal":
+            # A constant of the model, never of the current length: a prefix must hash as it does in the whole.
+            self.num_buckets = max(2, math.ceil(self.max_position_embeddings / self.bucket_size / 2) * 2)
+        if self.num_buckets is not None:
+            self.num_buckets = math.prod(factorize_buckets(self.num_buckets))
+
+    def _require_count(self, name: str, least: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _impossible(name, value, f"give a whole number of at least {least}")
+
+    def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise _impossible(name, getattr(self, name), "choose " + ", ".join(f'"{c}"' for c in choices))
+
+
+def _impossible(name: str, value: object, remedy: str) -> ValueError:
+    return ValueError(f"{name}={value!r} is not possible: {remedy}")

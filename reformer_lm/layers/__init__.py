@@ -1,0 +1,16 @@
+"""Modules over `reformer_lm.ops`: attention, feed-forward, positions and the reversible stack."""
+
+from reformer_lm.layers.attention import LSHSelfAttention, SequenceInfo
+from reformer_lm.layers.feed_forward import FeedForward
+from reformer_lm.layers.positions import PositionEmbedding, apply_rotary, rotary_angles
+from reformer_lm.layers.reversible import ReversibleStack
+
+__all__ = [
+    "FeedForward",
+    "LSHSelfAttention",
+    "PositionEmbedding",
+    "ReversibleStack",
+    "SequenceInfo",
+    "apply_rotary",
+    "rotary_angles",
+]

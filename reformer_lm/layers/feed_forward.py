@@ -1,0 +1,53 @@
+"""The feed-forward block, worked off in pieces of the sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reformer_lm.config import ReformerLMConfig
+from reformer_lm.layers.norms import ResidualLinear
+
+_ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+_GATED = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between, optionally gated.
+
+    The gated forms compute activation(a) * b with [a, b] = the first layer's output, which is twice as wide.
+
+    Source: Kitaev et al. 2020, section 3, "Chunking"; Shazeer 2020 (arXiv 2002.05202) for the gated forms.
+    """
+
+    def __init__(self, config: ReformerLMConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.gated = config.ff_activation in _GATED
+        self.activation = _ACTIVATIONS[_GATED.get(config.ff_activation, config.ff_activation)]
+        self.chunk_size = config.ff_chunk_size
+        self.inner = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1))
+        self.output = ResidualLinear(config.intermediate_size, config.hidden_size)
+        self.inner_dropout = nn.Dropout(config.activation_dropout)
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, T, hidden_size] to [B, T, hidden_size], ``ff_chunk_size`` tokens at a time."""
+        if not self.chunk_size or x.shape[1] <= self.chunk_size:
+            return self._piece(x)
+        return torch.cat([self._piece(piece) for piece in x.split(self.chunk_size, dim=1)], dim=1)
+
+    def _piece(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            x = self.activation(x) * gate
+        else:
+            x = self.activation(x)
+        return self.output_dropout(self.output(self.inner_dropout(x)))

@@ -1,0 +1,89 @@
+"""Position embeddings: axial, absolute and sinusoidal ones, and rotary angles."""
+
+from __future__ import annotations
+
+import torch
+from axial_positional_embedding import AxialPositionalEmbedding
+from torch import Tensor, nn
+
+from reformer_lm.config import ReformerLMConfig
+
+_ROTARY_BASE = 10_000.0
+
+
+class PositionEmbedding(nn.Module):
+    """What is added to the token embeddings; nothing with rotary positions.
+
+    Axial embeddings (Kitaev et al. 2020, section 4.1) give a grid position (row, column) one vector for the row and
+    one for the column, so that a million positions need two thousand vectors. The parameters are those of the
+    axial-positional-embedding package; only the rows of positions that are present are formed.
+    """
+
+    def __init__(self, config: ReformerLMConfig) -> None:
+        super().__init__()
+        self.position_type = config.position_type
+        width = config.embedding_size or config.hidden_size
+        self.width = width
+        if config.position_type == "axial":
+            assert config.axial_shape is not None
+            dims = None if config.axial_dims is None else tuple(config.axial_dims)
+            self.axial = AxialPositionalEmbedding(width, tuple(config.axial_shape), dims)
+        elif config.position_type == "absolute":
+            self.absolute = nn.Embedding(config.max_position_embeddings, width)
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Embeds positions.
+
+        Args:
+            position_ids: int64 [B or 1, T].
+            dtype: of the result where it is not learned.
+
+        Returns:
+            [B or 1, T, embedding_size], or None with rotary positions.
+        """
+        if self.position_type == "axial":
+            row, column = (weight.flatten(0, -2) for weight in self.axial.weights)
+            columns = column.shape[0]
+            parts = (row[position_ids // columns], column[position_ids % columns])
+            return parts[0] + parts[1] if self.axial.summed else torch.cat(parts, dim=-1)
+        if self.position_type == "absolute":
+            return self.absolute(position_ids)
+        if self.position_type == "sinusoidal":
+            sin, cos = rotary_angles(position_ids, self.width, dtype)
+            return torch.cat((sin, cos), dim=-1)
+        return None
+
+
+def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of the rotary angles.
+
+    Args:
+        position_ids: int64 [..., T].
+        dim: even width of the rotated vectors.
+        dtype: of the result.
+
+    Returns:
+        sin and cos, each [..., T, dim / 2].
+
+    Source: Su et al. 2021 (arXiv 2104.09864), section 3.2.
+    """
+    device = position_ids.device
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    # In float32 the angle of position 1,000,000 would be off by 0.06 radians; only its sine may be rounded.
+    angle = position_ids.unsqueeze(-1).to(torch.float64) * _ROTARY_BASE**-exponent
+    return angle.sin().to(dtype), angle.cos().to(dtype)
+
+
+def apply_rotary(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates neighbouring pairs of channels by the angle of their position.
+
+    Args:
+        x: [B, H, T, D].
+        angles: sin and cos from `rotary_angles`, each [B or 1, T, D / 2].
+
+    Returns:
+        [B, H, T, D] in the dtype of ``x``.
+    """
+    sin, cos = (part.unsqueeze(1) for part in angles)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)

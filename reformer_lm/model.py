@@ -1,0 +1,337 @@
+"""The Reformer language model as a transformers model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from reformer_lm.config import ReformerLMConfig
+from reformer_lm.layers.attention import SequenceInfo
+from reformer_lm.layers.norms import ResidualLinear, ReZeroGate, ScaleNorm
+from reformer_lm.layers.positions import PositionEmbedding
+from reformer_lm.layers.reversible import ReversibleStack
+from reformer_lm.ops.loss import linear_cross_entropy
+
+
+class ReformerLMPreTrainedModel(PreTrainedModel):
+    """Weights initialisation, saving and loading, common to all heads."""
+
+    config_class = ReformerLMConfig
+    base_model_prefix = "reformer"
+    main_input_name = "input_ids"
+    _no_split_modules = ["ReversibleLayer"]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # No key/value cache: generate() runs the whole prefix for each token.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range); layers that write into the residual streams scaled down with depth, as GPT-2."""
+        # transformers visits every module that owns parameters, and none that merely contains such modules.
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            narrow = math.sqrt(2 * self.config.num_hidden_layers) if isinstance(module, ResidualLinear) else 1.0
+            init.normal_(module.weight, mean=0.0, std=std / narrow)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.ParameterList):  # of the axial embedding
+            for weight in module:
+                init.normal_(weight, mean=0.0, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ScaleNorm):
+            # The length that a layer norm's output has.
+            init.constant_(module.weight, math.sqrt(self.config.hidden_size))
+        elif isinstance(module, ReZeroGate):
+            init.zeros_(module.weight)
+
+
+class ReformerLMModel(ReformerLMPreTrainedModel):
+    """Token and position embeddings, the reversible stack and the last norm."""
+
+    def __init__(self, config: ReformerLMConfig) -> None:
+        super().__init__(config)
+        width = config.embedding_size or config.hidden_size
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = PositionEmbedding(config)
+        self.embedding_projection = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
+        self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.stack = ReversibleStack(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Number of forward passes in training; with rehash="step" it seeds the rotations. A trainer that resumes
+        # sets it again.
+        self.hash_step = 0
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.token_embedding = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput | tuple[Tensor, ...]:
+        """Computes hidden states.
+
+        Args:
+            input_ids: int64 [B, T], 1 <= T <= max_position_embeddings (padding not counted).
+            attention_mask: [B, T], nonzero for real tokens; padding may stand on either side. Real tokens get the
+                same output as without any padding; at padding the output is 0.
+            position_ids: int64 [B, T]; by default real tokens count from 0.
+            inputs_embeds: [B, T, embedding_size] in place of ``input_ids``.
+            output_hidden_states: whether to return the embedding and each layer's output; keeps all activations.
+            output_attentions: not available, since no matrix of attention weights is ever formed.
+            return_dict: False for a tuple.
+            **kwargs: ignored, for transformers' sake.
+
+        Returns:
+            `BaseModelOutput` with ``last_hidden_state`` [B, T, hidden_size].
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, an empty or too long sequence, a mask
+                or positions of another shape, or ``output_attentions``.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions=True is not possible: LSH attention forms no matrix of weights")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        shape = given.shape[:2]
+        if shape[1] == 0:
+            raise ValueError("the sequence is empty: give at least one token")
+        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != shape[1]):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} like the input")
+        order = _Compaction.of(attention_mask)
+        if order is not None:
+            input_ids, inputs_embeds, position_ids = (
+                None if x is None else order.pack(x) for x in (input_ids, inputs_embeds, position_ids)
+            )
+        hidden, states = self._run(input_ids, inputs_embeds, position_ids, order, bool(output_hidden_states))
+        if order is not None:
+            hidden = order.unpack(hidden)
+            states = None if states is None else tuple(order.unpack(state) for state in states)
+        if return_dict is False or (return_dict is None and not self.config.return_dict):
+            return (hidden,) if states is None else (hidden, states)
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
+        order: _Compaction | None,
+        output_hidden_states: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        tokens = given.shape[1]
+        longest = self.config.max_position_embeddings
+        if tokens > longest:
+            raise ValueError(
+                f"the sequence has {tokens:,} tokens, more than max_position_embeddings ({longest:,}): shorten it, "
+                "or train with a larger max_position_embeddings"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(tokens, device=given.device).unsqueeze(0)
+        x = self._embed(input_ids, inputs_embeds, position_ids)
+        mask = None
+        if order is not None and self.config.lsh_mask == "chunked":
+            mask = order.mask
+        training_step = None
+        if self.training and self.config.rehash == "step":
+            training_step = self.hash_step
+            self.hash_step += 1
+        info = SequenceInfo(position_ids, mask, training_step)
+        states: tuple[Tensor, ...] | None = None
+        if output_hidden_states:
+            collected = [x]
+            x1 = x2 = x
+            for x1, x2 in self.stack.hidden_states(x, x, info):
+                collected.append((x1 + x2) / 2)
+        else:
+            x1, x2 = self.stack(x, x, info)
+        hidden = self.norm(((x1 + x2) / 2).to(self.norm.weight.dtype))
+        if output_hidden_states:
+            states = (*collected[:-1], hidden)
+        return hidden, states
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor) -> Tensor:
+        x = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = self.position_embedding(position_ids, torch.promote_types(x.dtype, torch.float32))
+        if positions is not None:
+            x = x + positions.to(x.dtype)
+        if self.embedding_projection is not None:
+            x = self.embedding_projection(x)
+        # The residual streams stay float32 in mixed precision: they are added up and taken apart again.
+        return self.embedding_dropout(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Compaction:
+    """Moves the real tokens of each row to its front, and back.
+
+    The model is causal, so what stands behind the last real token cannot reach any of them: with the padding there,
+    every row is computed as if it were alone.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
+        self.longest = max(1, int(real.sum(dim=1).max()))
+        # Stable: real tokens first, each kind in its own order.
+        order = torch.sort(real.to(torch.uint8), dim=1, descending=True, stable=True).indices
+        self.order = order[:, : self.longest]
+        self.mask = real.gather(1, self.order)
+
+    @staticmethod
+    def of(attention_mask: Tensor | None) -> _Compaction | None:
+        """None where nothing is masked."""
+        if attention_mask is None:
+            return None
+        real = attention_mask != 0
+        return None if bool(real.all()) else _Compaction(real)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, longest row, ...]."""
+        order = self.order if x.dim() == 2 else self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return x.expand(self.real.shape[0], *x.shape[1:]).gather(1, order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[B, longest row, D] -> [B, T, D], zeros at the padding."""
+        batch, tokens = self.real.shape
+        x = x * self.mask.unsqueeze(-1)
+        index = self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return x.new_zeros(batch, tokens, x.shape[-1]).scatter(1, index, x)
+
+
+class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
+    """The model with an output layer over the vocabulary: a language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "reformer.token_embedding.weight"}
+
+    def __init__(self, config: ReformerLMConfig) -> None:
+        super().__init__(config)
+        width = config.embedding_size or config.hidden_size
+        self.reformer = ReformerLMModel(config)
+        self.head_projection = nn.Linear(config.hidden_size, width) if width != config.hidden_size else None
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replaces the output layer."""
+        self.lm_head = value
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """All tokens so far, and which of them are padding: there is no cache to continue from."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask"), "logits_to_keep": 1}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Computes next-token logits and, given labels, the loss.
+
+        Args:
+            input_ids: see `ReformerLMModel.forward`, as the arguments not named here.
+            attention_mask: see there.
+            labels: int64 [B, T], -100 where a token does not count. They are shifted here: the logits at t are
+                scored against the label at t + 1. What ``attention_mask`` marks as padding never counts.
+            position_ids: see there.
+            inputs_embeds: see there.
+            output_hidden_states: see there.
+            output_attentions: see there.
+            return_dict: False for a tuple.
+            logits_to_keep: only the last so many positions get logits (0: all), or a tensor of positions.
+            skip_logits: with labels, whether to leave the logits out, so that [T, vocabulary] is never held. By
+                default so in training.
+            num_items_in_batch: number that the summed loss is divided by, in place of the number of labels; for
+                gradient accumulation over uneven batches.
+            **kwargs: ignored, for transformers' sake.
+
+        Returns:
+            `CausalLMOutput` with ``loss`` in nats and ``logits`` [B, T, vocab_size].
+        """
+        output = self.reformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        hidden = output.last_hidden_state
+        if self.head_projection is not None:
+            hidden = self.head_projection(hidden)
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, attention_mask, num_items_in_batch)
+        logits = None
+        if not (labels is not None and (self.training if skip_logits is None else skip_logits)):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        result = CausalLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
+        if return_dict is False or (return_dict is None and not self.config.return_dict):
+            return result.to_tuple()
+        return result
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items: int | Tensor | None
+    ) -> Tensor:
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:2])}")
+        targets = labels[:, 1:].to(hidden.device)
+        if attention_mask is not None:
+            # Padding is never scored, nor is a token predicted from padding (the first one behind padding on the left).
+            real = attention_mask != 0
+            targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+        total = linear_cross_entropy(
+            hidden[:, :-1].flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten()
+        )
+        if num_items is None:
+            return total / (targets != -100).sum()
+        return total / torch.as_tensor(num_items, device=total.device)
+
+
+AutoConfig.register(ReformerLMConfig.model_type, ReformerLMConfig)
+AutoModel.register(ReformerLMConfig, ReformerLMModel)
+AutoModelForCausalLM.register(ReformerLMConfig, ReformerLMForCausalLM)
+
+__all__ = ["ReformerLMForCausalLM", "ReformerLMModel", "ReformerLMPreTrainedModel"]

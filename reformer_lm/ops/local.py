@@ -1,0 +1,107 @@
+"""Windowed (local) attention in blocks, through torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+def local_attention(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    *,
+    window: int,
+    exact_window: bool = True,
+    self_bias: float = 0.0,
+    dropout_p: float = 0.0,
+    mask_BT: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over the last ``window`` tokens.
+
+    Args:
+        q_BHTD: queries [B, H, T, D].
+        k_BHTD: keys [B, H, T, D].
+        v_BHTD: values [B, H, T, D_v].
+        window: number of tokens seen, the token itself included. It is also the block length.
+        exact_window: True: token i sees j with i - window < j <= i. False: token i sees its own block up to i and
+            the whole block before, as the local-attention package does (between ``window`` and 2 ``window`` tokens).
+        self_bias: added to a token's logit with itself (-5e4 with shared queries and keys).
+        dropout_p: probability of dropping an attention weight.
+        mask_BT: optional bool [B, T], True where a token may be attended to; a token with nothing to attend to
+            attends to itself.
+
+    Returns:
+        [B, H, T, D_v].
+    """
+    batch, heads, tokens, dim = q_BHTD.shape
+    window = min(window, tokens)
+    blocks = -(-tokens // window)
+    padding = blocks * window - tokens
+    scale = 1.0 / math.sqrt(dim)
+    # The padding stands behind the last token, so causality hides it from every real one.
+    q, k, v = (pad(x.flatten(0, 1), (0, 0, 0, padding)) for x in (q_BHTD, k_BHTD, v_BHTD))
+    q_blocks = q.unflatten(1, (blocks, window))
+    allowed, bias = _window_mask(window, exact_window, self_bias, q)
+    keys_allowed: Tensor | None = None
+    if mask_BT is not None:
+        keys_allowed = pad(mask_BT, (0, padding), value=False)
+        keys_allowed = keys_allowed.unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
+
+    # The first block has no block before it.
+    first = _attend(
+        q_blocks[:, :1],
+        k[:, None, :window],
+        v[:, None, :window],
+        allowed[:, window:],
+        bias[:, window:],
+        None if keys_allowed is None else keys_allowed[:, None, :window],
+        dropout_p,
+        scale,
+    )
+    if blocks == 1:
+        out = first
+    else:
+        # [n, blocks - 1, 2W, D]: each block's keys with those of the block before it, an overlapping view.
+        k_pairs, v_pairs = (x.unfold(1, 2 * window, window).transpose(-1, -2) for x in (k, v))
+        keys_pairs = None if keys_allowed is None else keys_allowed.unfold(1, 2 * window, window)
+        rest = _attend(q_blocks[:, 1:], k_pairs, v_pairs, allowed, bias, keys_pairs, dropout_p, scale)
+        out = torch.cat((first, rest), dim=1)
+    return out.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads))
+
+
+def _window_mask(window: int, exact_window: bool, self_bias: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of 2W keys (the block before, the own block) each of W queries may see, and the bias on them."""
+    column = torch.arange(2 * window, device=like.device)
+    own = torch.arange(window, 2 * window, device=like.device).unsqueeze(1)
+    allowed = column <= own
+    if exact_window:
+        allowed = allowed & (column > own - window)
+    bias = torch.zeros(window, 2 * window, dtype=like.dtype, device=like.device)
+    bias.masked_fill_(column == own, self_bias)
+    return allowed, bias
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor,
+    bias: Tensor,
+    keys_allowed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    full = bias.masked_fill(~allowed, -math.inf)
+    if keys_allowed is not None:
+        # A token always keeps itself, or a fully masked row would be NaN.
+        width = full.shape[-1]
+        own = torch.arange(full.shape[0], device=q.device).unsqueeze(1) + width - full.shape[0]
+        itself = torch.arange(width, device=q.device) == own
+        full = torch.where(keys_allowed.unsqueeze(2) | itself, full, -math.inf)
+    else:
+        full = full.expand(1, 1, -1, -1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=full, dropout_p=dropout_p, scale=scale)

@@ -1,0 +1,199 @@
+"""Exactly causal LSH attention against its oracle, outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reformer_lm.ops import lsh_torch
+from reformer_lm.ops.hashing import hash_vectors, sample_rotations
+from reformer_lm.ops.lsh import lsh_attention
+
+TIGHT = {"rtol": 0.0, "atol": 1e-11}
+
+
+def make_inputs(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    rounds: int,
+    buckets: int,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    qk, v = (torch.randn(batch, heads, tokens, dim, dtype=dtype, generator=generator) for _ in range(2))
+    hashed = hash_vectors(qk, sample_rotations(heads, dim, rounds, (buckets,), seed))
+    return qk.requires_grad_(), v.requires_grad_(), hashed
+
+
+def outputs_and_gradients(qk: Tensor, v: Tensor, buckets: Tensor, **options: object) -> tuple[Tensor, ...]:
+    out = lsh_attention(qk, v, buckets, **options)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).sin()
+    # The added nothing makes gradients 0 that would be missing, as those of the query of a token without matches.
+    return out, *torch.autograd.grad(out + 0.0 * (qk.sum() + v.sum()), (qk, v), weights)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    tokens=st.one_of(st.integers(1, 40), st.integers(41, 300)),
+    dim=st.sampled_from([1, 4, 9]),
+    rounds=st.integers(1, 4),
+    window=st.sampled_from([1, 2, 5, 16, 64, 400]),
+    buckets=st.sampled_from([2, 4, 10]),
+    key_norm=st.sampled_from(["rms", "unit"]),
+    shifted=st.integers(0, 3),
+    flash=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_torch_backend_equals_the_reference(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    rounds: int,
+    window: int,
+    buckets: int,
+    key_norm: str,
+    shifted: int,
+    flash: bool,
+    seed: int,
+) -> None:
+    if tokens > 100:
+        batch, heads, rounds = 1, 1, min(rounds, 2)
+    inputs = make_inputs(batch, heads, tokens, dim, rounds, buckets, seed)
+    options = {"window": window, "key_norm": key_norm, "num_shifted_heads": min(shifted, heads)}
+    expected = outputs_and_gradients(*inputs, **options, backend="reference")
+    with pytest.MonkeyPatch.context() as patch:
+        if not flash:
+            patch.setattr(lsh_torch, "_FLASH", None)
+        actual = outputs_and_gradients(*inputs, **options, backend="torch")
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+@pytest.mark.parametrize("shifted", [0, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65])
+def test_all_tokens_in_one_bucket(tokens: int, shifted: int) -> None:
+    qk, v, buckets = make_inputs(1, 2, tokens, 4, 2, 2, seed=0)
+    buckets = torch.zeros_like(buckets)
+    options = {"window": 8, "num_shifted_heads": shifted}
+    for one, other in zip(
+        outputs_and_gradients(qk, v, buckets, **options, backend="torch"),
+        outputs_and_gradients(qk, v, buckets, **options, backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+def test_every_token_in_a_bucket_of_its_own_reads_itself_or_nothing() -> None:
+    qk, v, _ = make_inputs(1, 2, 30, 4, 3, 2, seed=1)
+    buckets = torch.arange(30).expand(1, 2, 3, 30)
+    out, grad_qk, _ = outputs_and_gradients(qk, v, buckets, window=8, num_shifted_heads=1)
+    assert torch.equal(out[:, 0], v[:, 0])
+    assert torch.equal(out[:, 1], torch.zeros_like(out[:, 1]))
+    assert torch.equal(grad_qk, torch.zeros_like(grad_qk))
+
+
+@pytest.mark.parametrize("slice_elements", [1, 200, 1 << 19])
+def test_slices_of_heads_make_no_difference(slice_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(2, 3, 45, 4, 2, 4, seed=2)
+    expected = outputs_and_gradients(*inputs, window=8)
+    monkeypatch.setitem(lsh_torch._SLICE_ELEMENTS, "cpu", slice_elements)
+    for one, other in zip(outputs_and_gradients(*inputs, window=8), expected, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+def test_gradcheck_in_float64() -> None:
+    qk, v, buckets = make_inputs(1, 2, 11, 3, 2, 4, seed=3)
+    for shifted in (0, 1):
+        assert torch.autograd.gradcheck(
+            lambda a, b, n=shifted: lsh_attention(a, b, buckets, window=4, num_shifted_heads=n), (qk, v), atol=1e-6
+        )
+
+
+def test_gradcheck_with_attention_dropout() -> None:
+    qk, v, buckets = make_inputs(1, 2, 11, 3, 2, 4, seed=4)
+
+    def attend(a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return lsh_attention(a, b, buckets, window=4, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(attend, (qk, v), atol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_differs_between_calls() -> None:
+    qk, v, buckets = make_inputs(1, 1, 12, 4, 2, 2, seed=5, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        plain = lsh_attention(qk, v, buckets, window=4)
+        samples = torch.stack([lsh_attention(qk, v, buckets, window=4, dropout_p=0.3) for _ in range(3000)])
+    assert not torch.equal(samples[0], samples[1])
+    error = samples.std(dim=0) / 3000**0.5
+    assert ((samples.mean(dim=0) - plain).abs() < 6 * error + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("flash", [True, False])
+def test_lower_precision_stays_close_to_float64(
+    dtype: torch.dtype, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not flash:
+        monkeypatch.setattr(lsh_torch, "_FLASH", None)
+    qk, v, buckets = make_inputs(1, 2, 150, 16, 3, 4, seed=6)
+    expected = outputs_and_gradients(qk, v, buckets, window=16, num_shifted_heads=1)
+    low = [x.detach().to(dtype).requires_grad_() for x in (qk, v)]
+    actual = outputs_and_gradients(*low, buckets, window=16, num_shifted_heads=1)
+    bound = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 1e-5}[dtype]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() / other.norm() < bound
+
+
+def test_no_uninitialised_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.empty filled with NaN: whatever is not written before it is read shows.
+    empty_like, empty = torch.empty_like, torch.empty
+
+    def poisoned_like(*args: object, **kwargs: object) -> Tensor:
+        made = empty_like(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    inputs = make_inputs(1, 2, 37, 4, 2, 4, seed=8)
+    expected = outputs_and_gradients(*inputs, window=8)
+    monkeypatch.setattr(torch, "empty_like", poisoned_like)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for one, other in zip(outputs_and_gradients(*inputs, window=8), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_non_contiguous_inputs() -> None:
+    qk, v, buckets = make_inputs(2, 3, 20, 4, 2, 4, seed=9)
+    expected = lsh_attention(qk, v, buckets, window=8)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (qk, v)]
+    torch.testing.assert_close(lsh_attention(*strided, buckets, window=8), expected, **TIGHT)
+
+
+def test_wrong_arguments_are_named() -> None:
+    qk, v, buckets = make_inputs(1, 2, 8, 4, 2, 2, seed=0)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        lsh_attention(qk, v, buckets, window=0)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        lsh_attention(qk, v, buckets, window=4, backend="triton")
+    with pytest.raises(ValueError, match="disagree"):
+        lsh_attention(qk, v[:, :1], buckets, window=4)
+    with pytest.raises(ValueError, match="expected qk"):
+        lsh_attention(qk[0], v, buckets, window=4)
+    with pytest.raises(ValueError, match="num_shifted_heads"):
+        lsh_attention(qk, v, buckets, window=4, num_shifted_heads=3)
+    with pytest.raises(ValueError, match="no dropout"):
+        lsh_attention(qk, v, buckets, window=4, dropout_p=0.1, backend="reference")
