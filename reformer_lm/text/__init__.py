@@ -1,0 +1,23 @@
+"""Text in and out: vocabularies and tokenizers. It knows nothing of the model."""
+
+from __future__ import annotations
+
+from reformer_lm.text.conventions import DEFAULT_VOCABULARY
+from reformer_lm.text.tokenizer import (
+    encode_article,
+    encode_articles,
+    load_tokenizer,
+    normalize_text,
+    tokenizer_fingerprint,
+)
+from reformer_lm.text.unknown import UnknownCounter
+
+__all__ = [
+    "DEFAULT_VOCABULARY",
+    "UnknownCounter",
+    "encode_article",
+    "encode_articles",
+    "load_tokenizer",
+    "normalize_text",
+    "tokenizer_fingerprint",
+]
