@@ -1,0 +1,108 @@
+"""Judge a model while it trains: its loss on held-out text, and a sample of what it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from reformer_lm.corpus import EvaluationWindows
+
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The result of a validation.
+
+    Attributes:
+        loss: Mean over the tokens, in nats.
+        tokens: How many were scored.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity, exp of a loss in nats, infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def validate(
+    model: nn.Module,
+    windows: EvaluationWindows,
+    batch_size: int,
+    device: torch.device,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Mean loss of a model over a stream, each token but the first scored exactly once.
+
+    Args:
+        model: A causal language model; it is left in the mode it was in.
+        windows: The stream's windows.
+        batch_size: Windows at a time.
+        device: Where the model is.
+        should_stop: Asked before each batch; if it says yes, validation is given up.
+
+    Returns:
+        The result, None if it was given up.
+    """
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        with torch.inference_mode():
+            for batch in _batches(windows, batch_size):
+                if should_stop():
+                    return None
+                batch = batch.to(device)
+                # Divided by 1: the sum, which is added up in double precision.
+                output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True)
+                total += float(output.loss)
+    finally:
+        model.train(was_training)
+    return Validation(total / windows.scored_tokens, windows.scored_tokens)
+
+
+def _batches(windows: EvaluationWindows, batch_size: int) -> Iterator[Tensor]:
+    """Windows in batches of one length; the last, if shorter, comes alone, so that nothing is padded."""
+    count = len(windows)
+    full = count - 1 if count and len(windows[count - 1]) < windows.length else count
+    for first in range(0, full, batch_size):
+        yield torch.stack([windows[index] for index in range(first, min(first + batch_size, full))])
+    if full < count:
+        yield windows[full].unsqueeze(0)
+
+
+def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+    """Let a model write the beginning of an article.
+
+    The run's random numbers are left as they were, so that sampling more or less often trains the same model.
+
+    Args:
+        model: Not wrapped; it is left in the mode it was in.
+        tokenizer: The model's.
+        seed: Of the sample.
+    """
+    was_training = model.training
+    model.eval()
+    prompt = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
+    length = min(SAMPLE_TOKENS, model.config.max_position_embeddings - 1)
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length)
+    finally:
+        model.train(was_training)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))

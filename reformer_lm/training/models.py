@@ -1,0 +1,238 @@
+"""The model of a run: new from a configuration, or taken from a folder of weights."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from reformer_lm.config import ReformerLMConfig
+from reformer_lm.errors import InputError
+from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.training.arguments import FIELDS, nearest_name
+from reformer_lm.training.config_files import ConfigFile
+
+WEIGHTS_NAME = "model.safetensors"
+
+# What GPT-2's configurations, GPT2-Chinese's among them, call our fields.
+GPT2_NAMES = {
+    "n_ctx": "max_position_embeddings",
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "ff_activation",
+    "embd_pdrop": "hidden_dropout_prob",
+    "resid_pdrop": "hidden_dropout_prob",
+    "attn_pdrop": "attention_dropout",
+}
+
+# Sampling that suits a small model, for any tool that reads the saved folder; predict.py has its own flags.
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 40, "top_p": 0.95}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a run's model comes from.
+
+    Attributes:
+        config: Of the model.
+        folder: Of the weights; None for a new model.
+    """
+
+    config: ReformerLMConfig
+    folder: Path | None
+
+
+def model_keys() -> tuple[set[str], set[str]]:
+    """The keys a configuration may have: the model's own, and those that every transformers model has."""
+    own = set(inspect.signature(ReformerLMConfig.__init__).parameters) - {"self", "kwargs"}
+    inherited = set(ReformerLMConfig().to_dict()) - own
+    return own, inherited | {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"}
+
+
+def build_config(settings: Mapping[str, Any], origin: str, tokenizer: PreTrainedTokenizerFast) -> ReformerLMConfig:
+    """Make a model's configuration from a file's settings and the tokenizer's size and special tokens.
+
+    Args:
+        settings: The model part of a configuration file, or a saved config.json.
+        origin: The file's name, for messages.
+        tokenizer: Gives the vocabulary's size and the ids of bos, eos and pad.
+
+    Raises:
+        InputError: On an unknown key, an impossible combination, or a vocabulary of another size.
+    """
+    own, inherited = model_keys()
+    for key in settings:
+        if key not in own | inherited:
+            raise InputError(f"{origin}: unknown model key {key!r}; {_what_was_meant(key, own)}")
+    model_type = settings.get("model_type", ReformerLMConfig.model_type)
+    if model_type != ReformerLMConfig.model_type:
+        raise InputError(f"{origin}: this describes a {model_type!r} model, not a {ReformerLMConfig.model_type!r}")
+    vocabulary_size = settings.get("vocab_size", len(tokenizer))
+    if vocabulary_size != len(tokenizer):
+        raise InputError(
+            f"{origin}: vocab_size is {vocabulary_size}, but the tokenizer has {len(tokenizer)} tokens; "
+            "leave vocab_size out, or give the matching --tokenizer_path"
+        )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        return ReformerLMConfig(**{**settings, "vocab_size": len(tokenizer), **special})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{origin}: {_one_line(error)}") from None
+
+
+def _what_was_meant(key: str, own: set[str]) -> str:
+    if key in GPT2_NAMES:
+        return f"here it is called {GPT2_NAMES[key]!r}"
+    if key in FIELDS:
+        return f'{key!r} is a training option: put it into a part "training", beside a part "model"'
+    return f"did you mean {nearest_name(key, sorted(own))!r}?"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def choose_model(
+    config_file: ConfigFile | None,
+    config_is_given: bool,
+    folder: Path | None,
+    tokenizer: PreTrainedTokenizerFast,
+) -> ModelSource:
+    """Decide on a run's model and make sure, before anything costs time, that its parts fit together.
+
+    Args:
+        config_file: The configuration file, None for the built-in defaults.
+        config_is_given: Whether the user named that file; otherwise a folder's own configuration counts.
+        folder: Weights to start from, None for new ones.
+        tokenizer: Of the run.
+
+    Raises:
+        InputError: If there is no model in the folder, or its tensors have other shapes than the
+            configuration or the tokenizer ask for.
+    """
+    settings, origin = (config_file.model, config_file.path) if config_file else ({}, "the built-in configuration")
+    if folder is None:
+        return ModelSource(build_config(settings, origin, tokenizer), None)
+    saved_settings = _read_saved_settings(folder)
+    saved_size = saved_settings.get("vocab_size")
+    if saved_size != len(tokenizer):
+        raise InputError(
+            f"{folder}: this model has a vocabulary of {saved_size} tokens, but the tokenizer has "
+            f"{len(tokenizer)}; leave --tokenizer_path out to use the model's own tokenizer"
+        )
+    saved = build_config(saved_settings, str(folder / "config.json"), tokenizer)
+    config = build_config(settings, origin, tokenizer) if config_is_given else saved
+    _compare_shapes(folder, config, saved, origin)
+    return ModelSource(config, folder)
+
+
+def _read_saved_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no model here (config.json is missing); give a folder that training wrote")
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({_one_line(error)}); give a folder that training wrote") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: is no model's configuration; give a folder that training wrote")
+    return settings
+
+
+def _compare_shapes(folder: Path, config: ReformerLMConfig, saved: ReformerLMConfig, origin: str) -> None:
+    path = folder / WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({_one_line(error)}); give a folder that training wrote") from None
+    # The meta device knows shapes and spends no memory.
+    with torch.device("meta"):
+        model = ReformerLMForCausalLM(config)
+    # The output matrix, where it is the embedding, is saved once.
+    saved_once = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in saved_once}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise InputError(
+                f"{folder}: a checkpoint of another shape: {name} is {_shape(shapes.get(name))} there, "
+                f"{_shape(wanted.get(name))} by {origin}{_difference(config, saved)}; "
+                "leave --model_config out to use the checkpoint's own, or choose another folder"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a number"
+
+
+def _difference(config: ReformerLMConfig, saved: ReformerLMConfig) -> str:
+    """Name the first settings that differ, because few people know a model by its tensors."""
+    ours, theirs = config.to_dict(), saved.to_dict()
+    names = [name for name in model_keys()[0] if ours.get(name) != theirs.get(name)]
+    described = [f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in sorted(names)]
+    return f" ({', '.join(described[:3])})" if described else ""
+
+
+def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> ReformerLMForCausalLM:
+    """Build the model, in float32, on the CPU.
+
+    Args:
+        source: From `choose_model`.
+        tokenizer: Its special tokens go into the generation settings that are saved with the model.
+
+    Raises:
+        InputError: If the weights cannot be read.
+    """
+    if source.folder is None:
+        model = ReformerLMForCausalLM(source.config)
+    else:
+        try:
+            with _no_progress_bars():
+                model = ReformerLMForCausalLM.from_pretrained(
+                    source.folder, config=source.config, dtype=torch.float32, local_files_only=True
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{source.folder}: the model cannot be loaded ({_one_line(error)[:200]})") from None
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SAMPLING,
+    )
+    return model
+
+
+def save_model(folder: Path, model: ReformerLMForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write configuration, weights, generation settings and tokenizer in transformers' format."""
+    with _no_progress_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # safetensors lets nobody but the owner read its files; they may be read by whoever may read the others.
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars for loading and saving, which would tear the training's own."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
