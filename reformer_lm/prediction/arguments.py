@@ -1,0 +1,218 @@
+"""The command line of predict.py."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from reformer_lm.errors import InputError
+from reformer_lm.generation import GenerationSettings
+
+TRAINING_COMMAND = "python train_reformer.py --raw --epochs 2 --model_config configs/tiny.json"
+# Python's and torch's generators take larger seeds, but this range survives JSON readers that use doubles.
+LARGEST_SEED = 2**53 - 1
+
+EXAMPLES = """\
+examples:
+  predict.py --text 春天来了 --length 100 --nsamples 3
+  predict.py --unconditional --seed 7
+  predict.py --ppl --text 他把书放在桌上。 --text 他把桌上放在书。
+  predict.py --ppl --file sentences.jsonl --json
+  predict.py --interactive
+"""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which names the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Args:
+            message: What is wrong.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(message)
+
+    def parse_known(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse, and explain what is not known.
+
+        Args:
+            argv: The arguments; None for the program's own.
+
+        Returns:
+            The values by name.
+
+        Raises:
+            InputError: If an option is unknown, or a value is missing or wrong.
+        """
+        arguments, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return arguments
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if not options:
+            raise InputError(f"unexpected argument {unknown[0]!r}; a text is given as --text {unknown[0]!r}")
+        known = [name for action in self._actions for name in action.option_strings]
+        # Options have underscores here, as in GPT2-Chinese, and hyphens in many other programs.
+        written = "--" + options[0].lstrip("-").replace("-", "_")
+        begun = [name for name in known if name.startswith(written)]
+        nearest = begun or get_close_matches(written, known, n=1)
+        if not nearest:
+            raise InputError(f"unknown option {options[0]}; --help lists all options")
+        raise InputError(f"unknown option {options[0]}; did you mean {nearest[0]}?")
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of predict.py."""
+    defaults = {field.name: field.default for field in fields(GenerationSettings)}
+    parser = ArgumentParser(
+        prog="predict.py",
+        description="Generate text with a trained model, or with --ppl score how fluent it finds texts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    texts = parser.add_argument_group("texts (prompts, or sentences to score)")
+    texts.add_argument("--text", action="append", default=[], help="a text; may be repeated")
+    texts.add_argument(
+        "--file",
+        metavar="PATH",
+        help='.txt: a text a line; .json: a list of strings; .jsonl: {"text": ...} a line; -: lines of stdin',
+    )
+    texts.add_argument("--unconditional", action="store_true", help="generate articles from nothing")
+    texts.add_argument(
+        "--interactive", action="store_true", help="ask for one text after the other; an empty line ends"
+    )
+
+    job = parser.add_argument_group("job and output")
+    job.add_argument("--ppl", action="store_true", help="score the texts instead: perplexity, tokens, text")
+    job.add_argument("--model_dir", type=Path, default=Path("model"), metavar="DIR", help="trained model (model/)")
+    job.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or its number")
+    job.add_argument(
+        "--batch_size",
+        type=_integer(1),
+        metavar="N",
+        help="most texts that go through the model together (8 when generating, 16 when scoring)",
+    )
+    job.add_argument("--json", action="store_true", help="one JSON object a line")
+    job.add_argument("--quiet", action="store_true", help="print only results (and warnings)")
+
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--length",
+        type=_integer(1),
+        default=defaults["length"],
+        metavar="N",
+        help="most new tokens, about one a character (%(default)s)",
+    )
+    generation.add_argument(
+        "--nsamples", type=_integer(1), default=1, metavar="N", help="samples of each prompt (%(default)s)"
+    )
+    generation.add_argument(
+        "--temperature",
+        type=_positive_number,
+        default=defaults["temperature"],
+        metavar="X",
+        help="below 1: safer text, above 1: bolder text (%(default)s)",
+    )
+    generation.add_argument(
+        "--top_k",
+        type=_integer(0),
+        default=defaults["top_k"],
+        metavar="N",
+        help="draw from the N likeliest tokens; 1: always the likeliest, 0: from all (%(default)s)",
+    )
+    generation.add_argument(
+        "--top_p",
+        type=_share,
+        default=defaults["top_p"],
+        metavar="P",
+        help="draw from the likeliest tokens that share this probability; 1: from all (%(default)s)",
+    )
+    generation.add_argument(
+        "--repetition_penalty",
+        type=_positive_number,
+        default=defaults["repetition_penalty"],
+        metavar="X",
+        help="above 1: avoid tokens already used (%(default)s)",
+    )
+    generation.add_argument(
+        "--seed",
+        type=_integer(0, LARGEST_SEED),
+        metavar="N",
+        help="the same seed gives the same text (a random one, which is printed)",
+    )
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line of predict.py.
+
+    Args:
+        argv: The arguments; None for the program's own.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        InputError: If an option is unknown, a value is wrong, or options contradict each other.
+    """
+    arguments = build_parser().parse_known(argv)
+    has_texts = bool(arguments.text) or arguments.file is not None
+    sources = [
+        name
+        for name, given in (
+            ("--text or --file", has_texts),
+            ("--unconditional", arguments.unconditional),
+            ("--interactive", arguments.interactive),
+        )
+        if given
+    ]
+    if len(sources) > 1:
+        raise InputError(f"{' and '.join(sources)} exclude each other; give one of them")
+    if arguments.ppl and arguments.unconditional:
+        raise InputError("--ppl scores texts, so --unconditional leaves nothing to score; give --text or --file")
+    if not sources:
+        wanted = "--text, --file or --interactive"
+        raise InputError(f"no text; give {wanted if arguments.ppl else '--unconditional, ' + wanted}")
+    return arguments
+
+
+def _integer(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    wanted = f"an integer of at least {smallest}" if largest is None else f"an integer from {smallest} to {largest}"
+
+    def convert(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {word!r}") from None
+        if value < smallest or (largest is not None and value > largest):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {word}")
+        return value
+
+    return convert
+
+
+def _number(word: str, wanted: str, allowed: Callable[[float], bool]) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and allowed(value)):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {word!r}")
+    return value
+
+
+def _positive_number(word: str) -> float:
+    return _number(word, "a number greater than 0", lambda value: value > 0)
+
+
+def _share(word: str) -> float:
+    return _number(word, "a number greater than 0 and at most 1", lambda value: 0 < value <= 1)

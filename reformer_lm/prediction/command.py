@@ -1,0 +1,176 @@
+"""predict.py: parse the command line, load the model, generate or score, print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from reformer_lm.errors import InputError
+from reformer_lm.generation import GenerationSettings, TextGenerator
+from reformer_lm.prediction import reports
+from reformer_lm.prediction.arguments import parse_arguments
+from reformer_lm.prediction.inputs import decode_line, given_texts
+from reformer_lm.prediction.saved_model import choose_device, load_model
+from reformer_lm.scoring import ScoreTotals, score_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+GENERATION_BATCH_SIZE = 8
+SCORING_BATCH_SIZE = 16
+EXIT_OK = 0
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+# What a shell reports for a program whose reader went away (128 + SIGPIPE).
+EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run predict.py.
+
+    Args:
+        argv: The arguments; None for the program's own.
+
+    Returns:
+        The exit status: 0, 2 if the input is wrong (one line on stderr says why), 130 if interrupted.
+    """
+    try:
+        arguments = parse_arguments(argv)
+        _run(arguments)
+        sys.stdout.flush()
+    except InputError as error:
+        _complain(error)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `predict.py ... | head`: stdout is replaced, or flushing it at exit would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Do what was asked for."""
+    # What costs nothing is checked before the model is loaded.
+    device = choose_device(arguments.device)
+    texts = given_texts(arguments.text, arguments.file)
+    model, tokenizer = load_model(arguments.model_dir, device)
+    job = _Scoring(arguments, model, tokenizer) if arguments.ppl else _Generation(arguments, model, tokenizer)
+    if arguments.interactive:
+        _converse(job.run, quiet=arguments.quiet)
+    else:
+        job.run(iter([""]) if arguments.unconditional else texts)
+
+
+class _Scoring:
+    """--ppl."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = arguments.batch_size or SCORING_BATCH_SIZE
+        self._format = reports.score_json if arguments.json else reports.score_line
+        self._quiet = arguments.quiet
+
+    def run(self, texts: Iterator[str]) -> None:
+        """Print a line for each text, and to stderr the totals if there are several."""
+        totals = ScoreTotals()
+        for score in score_stream(self._model, self._tokenizer, texts, batch_size=self._batch_size):
+            print(self._format(score), flush=True)
+            totals.add(score)
+        if totals.texts > 1 and not self._quiet:
+            _note(reports.totals_line(totals))
+
+
+class _Generation:
+    """Everything else."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self._settings = GenerationSettings(
+            length=arguments.length,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+        )
+        self._seed: int = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+        self._samples: int = arguments.nsamples
+        self._batch_size = arguments.batch_size or GENERATION_BATCH_SIZE
+        self._json: bool = arguments.json
+        self._quiet: bool = arguments.quiet
+        self._keep_empty: bool = arguments.unconditional
+        self._generator = TextGenerator(model, tokenizer, seed=self._seed, on_note=_note)
+
+    def run(self, texts: Iterator[str]) -> None:
+        """Print the samples of each text, and to stderr the seed and the speed."""
+        prompts = [text for text in texts if text.strip() or self._keep_empty]
+        if not prompts:
+            raise InputError("the text is empty; for articles from nothing there is --unconditional")
+        started = time.perf_counter()
+        tokens = self._stream(prompts) if self._is_streamed(prompts) else self._print(prompts)
+        seconds = time.perf_counter() - started
+        if not self._quiet:
+            _note(f"seed {self._seed}; {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
+
+    def _is_streamed(self, prompts: Sequence[str]) -> bool:
+        return len(prompts) == 1 and self._samples == 1 and not self._json
+
+    def _stream(self, prompts: Sequence[str]) -> int:
+        """Print a single sample while it is drawn."""
+        streamer = self._generator.streamer(lambda piece: print(piece, end="", flush=True))
+        samples = self._generator.generate(prompts, self._settings, streamer=streamer)
+        print(prompts[0], end="", flush=True)
+        (sample,) = samples
+        print()
+        return len(sample.token_ids)
+
+    def _print(self, prompts: Sequence[str]) -> int:
+        """Print samples as their batches become ready."""
+        tokens = 0
+        for sample in self._generator.generate(
+            prompts, self._settings, samples=self._samples, batch_size=self._batch_size
+        ):
+            if self._json:
+                print(reports.sample_json(sample, self._settings, self._seed), flush=True)
+            else:
+                if not self._quiet:
+                    print(reports.sample_header(sample, len(prompts), self._samples))
+                print(sample.prompt + sample.text, flush=True)
+            tokens += len(sample.token_ids)
+        return tokens
+
+
+def _converse(run: Callable[[Iterator[str]], None], *, quiet: bool) -> None:
+    """Give a job one line of stdin at a time, until an empty one or the end. A mistake does not end it."""
+    while True:
+        if not quiet:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line and not quiet:
+            print(file=sys.stderr)
+        line = line.rstrip(b"\r\n")
+        if not line:
+            return
+        try:
+            run(iter([decode_line(line)]))
+        # RuntimeError: the device's memory may be too small for this text, and large enough for the next.
+        except (InputError, RuntimeError) as error:
+            _complain(error)
+
+
+def _complain(error: object) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
