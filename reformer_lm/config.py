@@ -191,7 +191,8 @@ class ReformerLMConfig(PreTrainedConfig):
         self._require_choice("norm_type", NORM_TYPES)
         self._require_choice("ff_activation", FEED_FORWARD_ACTIVATIONS)
         for name in "hidden_dropout_prob activation_dropout attention_dropout layer_dropout".split():
-            if not 0.0 <= getattr(self, name) < 1.0:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
                 raise _impossible(name, getattr(self, name), "give a probability of at least 0 and below 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise _impossible(

@@ -58,6 +58,7 @@ def test_saved_configuration_loads_equal(tmp_path: Path) -> None:
         ({"norm_type": "batchnorm"}, ["norm_type='batchnorm'"]),
         ({"ff_activation": "tanh"}, ["ff_activation='tanh'", '"gelu"']),
         ({"attention_dropout": 1.0}, ["attention_dropout=1.0", "below 1"]),
+        ({"layer_dropout": "much"}, ["layer_dropout='much'", "probability"]),
         ({"embedding_size": 7, "position_type": "sinusoidal"}, ["embedding_size=7", "even"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
