@@ -247,6 +247,14 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         """Replaces the output layer."""
         self.lm_head = value
 
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [..., vocab_size] of the base model's hidden states [..., hidden_size]."""
+        return self.lm_head(self._project(hidden))
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """To the width of a factorised embedding, where there is one."""
+        return hidden if self.head_projection is None else self.head_projection(hidden)
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """All tokens so far, and which of them are padding: there is no cache to continue from."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask"), "logits_to_keep": 1}
@@ -264,6 +272,7 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Computes next-token logits and, given labels, the loss.
@@ -283,6 +292,9 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
                 default so in training.
             num_items_in_batch: number that the summed loss is divided by, in place of the number of labels; for
                 gradient accumulation over uneven batches.
+            shift_labels: int64 [B, T], in place of ``labels``: the logits at t are scored against the label at t, as in
+                transformers' loss functions. So the last token need not be an input. Of padding only the input side
+                is known here; targets that are padding must be -100.
             **kwargs: ignored, for transformers' sake.
 
         Returns:
@@ -298,33 +310,40 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = output.last_hidden_state
-        if self.head_projection is not None:
-            hidden = self.head_projection(hidden)
         loss = None
-        if labels is not None:
-            loss = self._loss(hidden, labels, attention_mask, num_items_in_batch)
+        if shift_labels is not None or labels is not None:
+            loss = self._loss(hidden, labels, shift_labels, attention_mask, num_items_in_batch)
         logits = None
-        if not (labels is not None and (self.training if skip_logits is None else skip_logits)):
+        if not (loss is not None and (self.training if skip_logits is None else skip_logits)):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+            logits = self.compute_logits(hidden[:, kept])
         result = CausalLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return result.to_tuple()
         return result
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items: int | Tensor | None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        attention_mask: Tensor | None,
+        num_items: int | Tensor | None,
     ) -> Tensor:
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:2])}")
-        targets = labels[:, 1:].to(hidden.device)
-        if attention_mask is not None:
-            # Padding is never scored, nor is a token predicted from padding (the first one behind padding on the left).
-            real = attention_mask != 0
-            targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-        total = linear_cross_entropy(
-            hidden[:, :-1].flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten()
-        )
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        assert given is not None
+        if given.shape != hidden.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(hidden.shape[:2])}")
+        # Padding is never scored, nor is a token predicted from padding (the first one behind padding on the left).
+        scored = None if attention_mask is None else attention_mask != 0
+        targets = given.to(hidden.device)
+        if shift_labels is None:
+            hidden, targets = hidden[:, :-1], targets[:, 1:]
+            scored = None if scored is None else scored[:, 1:] & scored[:, :-1]
+        if scored is not None:
+            targets = targets.masked_fill(~scored, -100)
+        projected = self._project(hidden).flatten(0, 1)
+        total = linear_cross_entropy(projected, self.lm_head.weight, self.lm_head.bias, targets.flatten())
         if num_items is None:
             return total / (targets != -100).sum()
         return total / torch.as_tensor(num_items, device=total.device)

@@ -80,8 +80,14 @@ class TrainingWrapper(nn.Module):
             x = pad_sequence(list(x), batch_first=True, padding_value=self.pad_value)
         if not return_loss:
             return self.net(x, attention_mask=mask, **kwargs).logits
-        labels = x.masked_fill(x == self.ignore_index, -100)
-        return self.net(x, attention_mask=mask, labels=labels, **kwargs).loss
+        # The last token is a target only: max_seq_len + 1 tokens can be trained on, and with chunked attention, where
+        # later tokens move the chunks, the loss is that of the logits which the first tokens alone have.
+        inputs, targets = x[:, :-1], x[:, 1:]
+        targets = targets.masked_fill(targets == self.ignore_index, -100)
+        if mask is not None:
+            targets = targets.masked_fill(~mask[:, 1:].bool(), -100)
+            mask = mask[:, :-1]
+        return self.net(inputs, attention_mask=mask, labels=inputs, shift_labels=targets, **kwargs).loss
 
     @torch.no_grad()
     def generate(

@@ -190,6 +190,26 @@ def test_loss_is_the_shifted_cross_entropy() -> None:
     assert model(x, labels=labels, skip_logits=False).logits is not None
 
 
+def test_labels_that_are_shifted_already() -> None:
+    model = make_model()
+    x = tokens_like(2, 51, 0)
+    expected = model(x, labels=x).loss
+    targets = x[:, 1:].clone()
+    torch.testing.assert_close(model(x[:, :-1], shift_labels=targets).loss, expected, **EXACT)
+    # As transformers' own models are called, where only the presence of labels counts.
+    torch.testing.assert_close(model(x[:, :-1], labels=x[:, :-1], shift_labels=targets).loss, expected, **EXACT)
+    mask = torch.ones_like(targets)
+    mask[0, 30:] = 0
+    targets[0, 29:] = -100
+    kept = x.clone()
+    kept[0, 30:] = -100
+    torch.testing.assert_close(
+        model(x[:, :-1], attention_mask=mask, shift_labels=targets).loss, model(x, labels=kept).loss, **EXACT
+    )
+    with pytest.raises(ValueError, match="shift_labels has shape"):
+        model(x, shift_labels=targets)
+
+
 def test_padding_never_counts_in_the_loss() -> None:
     model = make_model()
     x = tokens_like(1, 30, 0)

@@ -169,7 +169,7 @@ def _read_json_lines(path: Path, file: BufferedReader) -> Iterator[str]:
     for number, line in enumerate(_read_lines(path, file), start=1):
         if not line.strip():
             continue
-        record = _parse(path, line, line_offset=number - 1)
+        record = _parse(path, line.rstrip("\r\n"), line_offset=number - 1)
         article = record.get("text") if isinstance(record, dict) else record
         if not isinstance(article, str):
             what = f"{_type_name(record)} without a string 'text'" if isinstance(record, dict) else _type_name(record)

@@ -41,7 +41,8 @@ def chunked_lsh_attention(
         attend_across_buckets: whether a token sees other buckets of its two chunks (the peers' default).
         num_shifted_heads: the last so many heads read the value that followed each match; see `shift_values`.
         dropout_p: probability of dropping an attention weight.
-        mask_BT: optional bool [B, T], True for real tokens, False for padding, which is not attended to.
+        mask_BT: optional bool [B, T], True for real tokens, False for padding, which only attends to itself and is
+            not attended to.
 
     Returns:
         [B, H, T, D_v].
@@ -90,11 +91,14 @@ def chunked_lsh_attention(
     if causal:
         forbidden |= q_position.unsqueeze(-1) < k_position.unsqueeze(-2)
     if real is not None:
-        k_real = with_previous(in_chunks(real.unsqueeze(1).expand(-1, heads, -1).gather(2, position)))
-        forbidden |= ~k_real.unsqueeze(-2)
+        # Padding sees nothing but itself either: what it becomes decides where the next layer sorts it.
+        q_real = in_chunks(real.unsqueeze(1).expand(-1, heads, -1).gather(2, position))
+        forbidden |= ~(q_real.unsqueeze(-1) & with_previous(q_real).unsqueeze(-2))
     itself = q_position.unsqueeze(-1) == k_position.unsqueeze(-2)
     if not attend_across_buckets:
-        q_bucket = in_chunks(buckets.gather(3, order).flatten(2))
+        # Numbered through all rounds: the first chunk of a round looks back to the last one of the round before.
+        through = buckets * rounds + torch.arange(rounds, device=buckets.device).unsqueeze(1)
+        q_bucket = in_chunks(through.gather(3, order).flatten(2))
         forbidden |= q_bucket.unsqueeze(-1) != with_previous(q_bucket).unsqueeze(-2)
     lowest = torch.finfo(logits.dtype).min
     logits = logits.masked_fill(forbidden, lowest).masked_fill(itself, SELF_ATTENTION_BIAS)

@@ -6,10 +6,9 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
 
+from reformer_lm.command_line import CommandLineParser
 from reformer_lm.errors import InputError
 from reformer_lm.generation import GenerationSettings
 
@@ -27,57 +26,15 @@ examples:
 """
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which names the option that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print.
-
-        Args:
-            message: What is wrong.
-
-        Raises:
-            InputError: Always.
-        """
-        raise InputError(message)
-
-    def parse_known(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, and explain what is not known.
-
-        Args:
-            argv: The arguments; None for the program's own.
-
-        Returns:
-            The values by name.
-
-        Raises:
-            InputError: If an option is unknown, or a value is missing or wrong.
-        """
-        arguments, unknown = self.parse_known_args(argv)
-        if not unknown:
-            return arguments
-        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        if not options:
-            raise InputError(f"unexpected argument {unknown[0]!r}; a text is given as --text {unknown[0]!r}")
-        known = [name for action in self._actions for name in action.option_strings]
-        # Options have underscores here, as in GPT2-Chinese, and hyphens in many other programs.
-        written = "--" + options[0].lstrip("-").replace("-", "_")
-        begun = [name for name in known if name.startswith(written)]
-        nearest = begun or get_close_matches(written, known, n=1)
-        if not nearest:
-            raise InputError(f"unknown option {options[0]}; --help lists all options")
-        raise InputError(f"unknown option {options[0]}; did you mean {nearest[0]}?")
-
-
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandLineParser:
     """The parser of predict.py."""
     defaults = {field.name: field.default for field in fields(GenerationSettings)}
-    parser = ArgumentParser(
+    parser = CommandLineParser(
         prog="predict.py",
         description="Generate text with a trained model, or with --ppl score how fluent it finds texts.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        bare_argument_hint="a text is given as --text {word}",
     )
     texts = parser.add_argument_group("texts (prompts, or sentences to score)")
     texts.add_argument("--text", action="append", default=[], help="a text; may be repeated")
@@ -164,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: If an option is unknown, a value is wrong, or options contradict each other.
     """
-    arguments = build_parser().parse_known(argv)
+    arguments = build_parser().parse_strictly(argv)
     has_texts = bool(arguments.text) or arguments.file is not None
     sources = [
         name

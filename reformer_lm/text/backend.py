@@ -98,9 +98,7 @@ def marked_spaced_characters(vocabulary: Collection[str]) -> frozenset[str]:
     return frozenset(character for character in ASCII_CHARACTERS if character in vocabulary)
 
 
-def build_normalizer(
-    spaced: Collection[str], *, keep_case: bool, mark_spaces: bool
-) -> normalizers.Normalizer:
+def build_normalizer(spaced: Collection[str], *, keep_case: bool, mark_spaces: bool) -> normalizers.Normalizer:
     """Builds the normalization that the module's docstring describes.
 
     Args:
@@ -207,9 +205,7 @@ def word_backend(pieces: Sequence[tuple[str, float]], *, keep_case: bool) -> Tok
     return _marked_backend(Tokenizer(models.Unigram(list(pieces), ids[UNKNOWN])), ids, keep_case)
 
 
-def bpe_backend(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, keep_case: bool
-) -> Tokenizer:
+def bpe_backend(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, keep_case: bool) -> Tokenizer:
     """Builds the BPE tokenizer of a vocabulary and its merges in order."""
     # ignore_merges takes a piece that is a token as it is: that is how "[SEP]" stays whole.
     model = models.BPE(dict(vocabulary), list(merges), unk_token=UNKNOWN, fuse_unk=False, ignore_merges=True)
@@ -231,9 +227,7 @@ def _marked_backend(backend: Tokenizer, vocabulary: Collection[str], keep_case: 
 
 
 def _with_special_tokens(backend: Tokenizer) -> Tokenizer:
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SKIPPED_TOKENS]
-    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SKIPPED_TOKENS])
     # Adds nothing, as transformers would write it, so that the JSON is the same before and after wrapping.
     backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     return backend

@@ -66,9 +66,7 @@ def load_tokenizer(
     """
     if path is None:
         if segment:
-            raise InputError(
-                f"the default vocabulary has no words to segment with; build some: {_BUILD_WORDS}"
-            )
+            raise InputError(f"the default vocabulary has no words to segment with; build some: {_BUILD_WORDS}")
         return _from_vocabulary_file(DEFAULT_VOCABULARY, keep_case, segment=False)
     location = Path(path)
     if location.is_dir():
@@ -192,8 +190,7 @@ def read_vocabulary(path: Path) -> list[str]:
             raise InputError(f"the vocabulary {path} has an empty line {number}; remove it or name the token")
         if token in first_lines:
             raise InputError(
-                f"the vocabulary {path} has {token!r} twice, on lines {first_lines[token]} and {number}; "
-                "remove one"
+                f"the vocabulary {path} has {token!r} twice, on lines {first_lines[token]} and {number}; remove one"
             )
         first_lines[token] = number
     _require_special_tokens(first_lines, path)
@@ -207,9 +204,7 @@ def _from_vocabulary_file(path: Path, keep_case: bool, segment: bool) -> PreTrai
     return _from_wordpiece({token: index for index, token in enumerate(tokens)}, path, keep_case)
 
 
-def _from_wordpiece(
-    vocabulary: dict[str, int], source: Path | str, keep_case: bool
-) -> PreTrainedTokenizerFast:
+def _from_wordpiece(vocabulary: dict[str, int], source: Path | str, keep_case: bool) -> PreTrainedTokenizerFast:
     _require_capitals(vocabulary, source, keep_case)
     return wrap_backend(wordpiece_backend(vocabulary, keep_case=keep_case))
 
@@ -220,9 +215,7 @@ def _word_backend_of_lines(tokens: list[str], path: Path, keep_case: bool) -> To
     _require_capitals(dict.fromkeys(tokens, 0), path, keep_case)
     # Each word costs more than the rarest one's rank adds: fewer words always win, then frequent ones.
     toll = log(len(tokens) + 1)
-    pieces = [
-        (token, 0.0 if token == NEWLINE else -toll - log(rank)) for rank, token in enumerate(tokens, start=1)
-    ]
+    pieces = [(token, 0.0 if token == NEWLINE else -toll - log(rank)) for rank, token in enumerate(tokens, start=1)]
     return word_backend(pieces, keep_case=keep_case)
 
 
@@ -275,9 +268,7 @@ def _from_json(content: str, source: Path | str, keep_case: bool, segment: bool)
         return _from_wordpiece(vocabulary, source, keep_case)
     lower_cases = any(step["type"] == "Lowercase" for step in description["normalizer"]["normalizers"])
     if keep_case and lower_cases:
-        raise InputError(
-            f"{source} was built to lower-case; build it anew with keep_case or leave keep_case out"
-        )
+        raise InputError(f"{source} was built to lower-case; build it anew with keep_case or leave keep_case out")
     return wrap_backend(backend)
 
 
@@ -296,8 +287,7 @@ def _require_special_tokens(vocabulary: dict[str, int], source: Path | str) -> N
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise InputError(
-            f"the vocabulary {source} lacks {', '.join(missing)}; it needs {' '.join(SPECIAL_TOKENS)}, "
-            "at any place"
+            f"the vocabulary {source} lacks {', '.join(missing)}; it needs {' '.join(SPECIAL_TOKENS)}, at any place"
         )
 
 

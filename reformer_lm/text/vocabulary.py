@@ -83,8 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vocab_size",
         type=int,
-        help="the most tokens to have (default: 30000 for --segment, 16000 for --bpe_token, "
-        "else all characters)",
+        help="the most tokens to have (default: 30000 for --segment, 16000 for --bpe_token, else all characters)",
     )
     parser.add_argument(
         "--min_frequency",

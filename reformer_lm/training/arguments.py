@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from reformer_lm.command_line import CommandLineParser, nearest_name
 from reformer_lm.errors import InputError
 from reformer_lm.training.config_files import ConfigFile, read_config
 
@@ -124,26 +124,14 @@ class RunRequest:
     given: frozenset[str]
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The known name that looks most like ``name``."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLineParser:
     """The command line's parser. It leaves values as strings and options that were not given out."""
-    parser = _OneLineParser(
+    parser = CommandLineParser(
         prog="train_reformer.py",
         description="Train a Reformer language model on Chinese text.",
         epilog="Values come from the defaults, then the configuration file, then the command line. "
         "Every switch has a --no_ form, which overrules the file.",
-        allow_abbrev=False,
+        bare_argument_hint="every value belongs to a flag, see --help",
         argument_default=argparse.SUPPRESS,
     )
     for name, option in FIELDS.items():
@@ -168,10 +156,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunRequest:
             configuration file.
     """
     parser = build_parser()
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(_unknown_argument(unknown[0]))
-    given = vars(namespace)
+    given = vars(parser.parse_strictly(argv))
     config_path = given.get("model_config")
     if config_path is None and Path(DEFAULT_MODEL_CONFIG).is_file():
         config_path = DEFAULT_MODEL_CONFIG
@@ -190,13 +175,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunRequest:
     if arguments.fp16 and arguments.bf16:
         raise InputError("--fp16 and --bf16 are both given; choose one")
     return RunRequest(arguments, config_file, frozenset(given))
-
-
-def _unknown_argument(argument: str) -> str:
-    if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}; every value belongs to a flag, see --help"
-    flag = argument.split("=")[0]
-    return f"unknown flag {flag}; did you mean {nearest_name(flag, (f'--{name}' for name in FIELDS))}?"
 
 
 def _values_of_file(config_file: ConfigFile) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from reformer_lm.command_line import nearest_name
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.training.arguments import FIELDS, nearest_name
+from reformer_lm.training.arguments import FIELDS
 from reformer_lm.training.config_files import ConfigFile
 
 WEIGHTS_NAME = "model.safetensors"

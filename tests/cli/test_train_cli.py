@@ -284,7 +284,7 @@ def test_the_script_itself() -> None:
     refused = subprocess.run([*script, "--strid", "4"], capture_output=True, text=True, env=environment, check=False)
     assert refused.returncode == 2
     assert refused.stdout == ""
-    assert refused.stderr == "error: unknown flag --strid; did you mean --stride?\n"
+    assert refused.stderr == "error: unknown option --strid; did you mean --stride?\n"
 
     argv = [*script, "--raw", "--epochs", "1000", "--max_steps", "100000", "--log_step", "1"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:

@@ -89,3 +89,10 @@ def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     assert first.sha256 == hashlib.sha256(b'["a"]').hexdigest()
     path.write_bytes(b'["b"]')
     assert fingerprint_source(path).sha256 != first.sha256
+
+
+def test_a_line_of_json_that_is_cut_off_is_reported_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "甲"}\n{"text": "乙"\n{"text": "丙"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 2 column"):
+        list(read_articles(path))

@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from reformer_lm.text import UnknownCounter, normalize_text
 
 # The tokenizer is a constant, so that sharing it between examples is sound.
-PROPERTY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 CHINESE = list("你好中国人今天气很我们去公园，。！？：“”…—·《》、（）")
 LATIN = list("abcxyzABC0123456789") + ["hello", "Hello", "world", "3.14", "e.g.", "C#", "self"]

@@ -255,9 +255,7 @@ def test_bad_tokenizer_files_are_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing/", "no such folder", "a/b/c", "tokenizer.json"])
-def test_a_missing_file_is_not_looked_up_on_the_hub(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_file_is_not_looked_up_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(name: str) -> None:
         raise AssertionError(f"{name} was looked up")
 
@@ -269,9 +267,7 @@ def test_a_missing_file_is_not_looked_up_on_the_hub(
         load_tokenizer(tmp_path)
 
 
-def test_keep_case(
-    default_tokenizer: PreTrainedTokenizerFast, bert_like_vocabulary: Path, tmp_path: Path
-) -> None:
+def test_keep_case(default_tokenizer: PreTrainedTokenizerFast, bert_like_vocabulary: Path, tmp_path: Path) -> None:
     cased = load_tokenizer(keep_case=True)
     assert cased.decode(cased.encode("Hello 世界 ABC")) == "Hello世界ABC"
     assert default_tokenizer.decode(default_tokenizer.encode("Hello 世界 ABC")) == "hello世界abc"
@@ -283,9 +279,7 @@ def test_keep_case(
     # What was saved with its case keeps it, asked or not.
     cased.save_pretrained(tmp_path / "cased")
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "cased")) == tokenizer_fingerprint(cased)
-    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "cased", keep_case=True)) == tokenizer_fingerprint(
-        cased
-    )
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "cased", keep_case=True)) == tokenizer_fingerprint(cased)
 
 
 def test_segmenting_with_a_list_of_words(tmp_path: Path) -> None:

@@ -125,9 +125,7 @@ def test_the_saved_word_tokenizer_needs_no_jieba(tmp_path: Path, corpus: Path) -
         f"print(*AutoTokenizer.from_pretrained({str(output)!r}).tokenize('我们去公园散步'))"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment)
     assert done.stdout.split() == ["我们", "去", "公园", "散步"]
 
 
@@ -160,9 +158,7 @@ def test_several_corpora_are_read_together(tmp_path: Path, corpus: Path) -> None
     assert {"镕", "喆"} <= set(output.read_text(encoding="utf-8").splitlines())
 
 
-def test_bad_input_is_one_line_and_exit_2(
-    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.json").write_text("[]")
     cases: list[tuple[list[object], str]] = [

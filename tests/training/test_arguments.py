@@ -84,8 +84,8 @@ def test_flat_file_is_the_model_part() -> None:
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
-        (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
-        (["--batchsize=3"], "unknown flag --batchsize; did you mean --batch_size?"),
+        (["--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
+        (["--batchsize=3"], "unknown option --batchsize; did you mean --batch_size?"),
         (["--gradient-accumulation", "3"], "did you mean --gradient_accumulation?"),
         (["--outputdir", "x"], "did you mean --output_dir?"),
         (["train.json"], "unexpected argument 'train.json'"),

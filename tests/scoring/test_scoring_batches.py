@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_lm.scoring_batches import Window, cut_windows, padded_length, plan_batches
+from reformer_lm.scoring.batches import Window, cut_windows, padded_length, plan_batches
 
 
 @given(

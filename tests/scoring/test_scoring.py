@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM, scoring
+from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.errors import InputError
 from reformer_lm.scoring import Score, ScoreTotals, score, score_stream
-from reformer_lm.scoring_batches import TOKENS_PER_BATCH
+from reformer_lm.scoring.batches import TOKENS_PER_BATCH
 from reformer_lm.text import load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -340,7 +340,7 @@ def test_tokens_behind_the_first_window_see_their_context(tokenizer, exact_model
 
 
 def test_texts_are_taken_as_needed(tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "TEXTS_PER_BLOCK", 4)
+    monkeypatch.setattr("reformer_lm.scoring.scores.TEXTS_PER_BLOCK", 4)
     taken = []
 
     def texts() -> Iterator[str]:

@@ -24,7 +24,7 @@ import torch
 
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.scoring_batches import Batch, cut_windows, plan_batches
+from reformer_lm.scoring.batches import Batch, cut_windows, plan_batches
 from reformer_lm.text import encode_articles
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _logit_chunks(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> Iterato
     size = _chunk_length(input_ids_BT.shape[0])
     if isinstance(model, ReformerLMForCausalLM):
         for hidden in model.reformer(input_ids_BT).last_hidden_state.split(size, dim=1):
-            yield model.lm_head(hidden if model.head_projection is None else model.head_projection(hidden))
+            yield model.compute_logits(hidden)
     else:
         # Another model may do more to its logits than apply its output layer.
         yield from model(input_ids=input_ids_BT).logits.split(size, dim=1)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.errors import InputError
-from reformer_lm.generation import STREAMED_CONTEXT, TextGenerator, continuation_text
-from reformer_lm.sampling import GenerationSettings, SeededSampling
+from reformer_lm.generation import GenerationSettings, TextGenerator
+from reformer_lm.generation.generator import STREAMED_CONTEXT, continuation_text
+from reformer_lm.generation.sampling import SeededSampling
 from reformer_lm.text import load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -21,7 +21,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 
 from reformer_lm.errors import InputError
-from reformer_lm.sampling import GenerationSettings, SeededSampling
+from reformer_lm.generation.sampling import GenerationSettings, SeededSampling
 from reformer_lm.text import encode_article
 
 if TYPE_CHECKING:

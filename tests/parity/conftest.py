@@ -1,0 +1,273 @@
+"""What the parity tests share: pairs of models with the same weights, and the peer's random rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
+
+# Small and odd: heads * dim_head differs from dim, and nothing divides what it need not divide.
+PEER_DEFAULTS: dict[str, Any] = {
+    "num_tokens": 19,
+    "dim": 10,
+    "depth": 3,
+    "max_seq_len": 48,
+    "heads": 3,
+    "dim_head": 4,
+    "bucket_size": 4,
+    "n_hashes": 3,
+    "ff_chunks": 5,
+    "causal": True,
+}
+
+# Their name of an option -> ours.
+_SAME_MEANING = {
+    "num_tokens": "vocab_size",
+    "dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "max_seq_len": "max_position_embeddings",
+    "heads": "num_attention_heads",
+    "dim_head": "head_dim",
+    "bucket_size": "bucket_size",
+    "n_hashes": "num_hashes",
+    "emb_dim": "embedding_size",
+    "full_attn_thres": "full_attention_threshold",
+    "reverse_thres": "reversible_threshold",
+    "n_local_attn_heads": "num_local_heads",
+    "axial_position_shape": "axial_shape",
+}
+_POSITIONS = {
+    "axial_position_emb": "axial",
+    "absolute_position_emb": "absolute",
+    "fixed_position_emb": "sinusoidal",
+}
+# (activation class, gated) -> ours; None is their default, GELU.
+_ACTIVATIONS = {
+    (None, False): "gelu",
+    ("GELU", False): "gelu",
+    ("GELU_", False): "gelu_tanh",
+    ("ReLU", False): "relu",
+    ("SiLU", False): "silu",
+    (None, True): "geglu",
+    ("ReLU", True): "reglu",
+    ("SiLU", True): "swiglu",
+}
+
+
+def translate_options(options: dict[str, Any]) -> ReformerLMConfig:
+    """Our configuration of the model that ReformerLM(**options) is; KeyError on an option without counterpart."""
+    options = dict(options)
+    assert options.pop("causal")
+    length = options["max_seq_len"]
+    fields: dict[str, Any] = {
+        "lsh_mask": "chunked",
+        "key_norm": "unit",
+        "num_local_heads": 0,
+        "local_keys": "shared",
+        "local_rotary": False,
+        "num_shifted_heads": 0,
+        "tie_word_embeddings": False,
+        "lm_head_bias": True,
+        "position_type": "rotary",
+        "intermediate_size": options.pop("ff_mult", 4) * options["dim"],
+        # Their number of pieces, as a length.
+        "ff_chunk_size": -(-length // options.pop("ff_chunks")),
+    }
+    for name, kind in _POSITIONS.items():
+        if options.pop(name, False):
+            fields["position_type"] = kind
+    if options.pop("use_scale_norm", False):
+        fields["norm_type"] = "scalenorm"
+    if options.pop("use_rezero", False):
+        fields["norm_type"] = "rezero"
+    if options.pop("use_full_attn", False):
+        fields["full_attention_threshold"] = length
+    options.pop("random_rotations_per_head", None)
+    activation = options.pop("ff_activation", None)
+    fields["ff_activation"] = _ACTIVATIONS[activation and activation.__name__, options.pop("ff_glu", False)]
+    return ReformerLMConfig(**fields | {_SAME_MEANING[name]: value for name, value in options.items()})
+
+
+def parameter_pairs(peer: nn.Module, ours: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Their parameter and ours, by our name; each parameter of either model stands in exactly one pair.
+
+    ``peer`` is a ReformerLM, an LSHSelfAttention or a FeedForward, ``ours`` its counterpart.
+    """
+    theirs = dict(peer.named_parameters())
+    mine = dict(ours.named_parameters())
+    pairs = {_our_name(name): parameter for name, parameter in theirs.items()}
+    assert pairs.keys() == mine.keys()
+    assert all(parameter.shape == mine[name].shape for name, parameter in pairs.items())
+    return {name: (pairs[name], mine[name]) for name in mine}
+
+
+def _our_name(theirs: str) -> str:
+    name = theirs
+    for old, new in (
+        ("reformer.layers.blocks.", "reformer.stack.layers."),
+        (".f.net.fn.", ".attention."),
+        (".g.net.fn.fn.", ".feed_forward."),
+        (".f.net.norm.", ".attention_norm."),
+        (".g.net.norm.", ".feed_forward_norm."),
+        (".f.net.g", ".attention_gate.weight"),
+        (".g.net.g", ".feed_forward_gate.weight"),
+        ("_norm.g", "_norm.weight"),
+        ("toqk.", "query_key."),
+        ("tov.", "value."),
+        ("to_out.", "output."),
+        ("w1.", "inner."),
+        ("w2.", "output."),
+    ):
+        name = name.replace(old, new)
+    for old, new in (
+        ("token_emb.", "reformer.token_embedding."),
+        ("to_model_dim.", "reformer.embedding_projection."),
+        ("pos_emb.weights.", "reformer.position_embedding.axial.weights."),
+        ("pos_emb.emb.", "reformer.position_embedding.absolute."),
+        ("norm.", "reformer.norm."),
+        ("out.0.", "head_projection."),
+        ("out.1.", "lm_head."),
+    ):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+@torch.no_grad()
+def copy_weights(peer: nn.Module, ours: nn.Module) -> None:
+    """Makes our parameters equal to theirs."""
+    for theirs, mine in parameter_pairs(peer, ours).values():
+        mine.copy_(theirs)
+
+
+@pytest.fixture
+def peer() -> ModuleType:
+    """The module reformer_pytorch.reformer_pytorch."""
+    pytest.importorskip("reformer_pytorch", reason="reformer-pytorch is not installed")
+    import reformer_pytorch.reformer_pytorch
+
+    return reformer_pytorch.reformer_pytorch
+
+
+class RecordingTorch:
+    """Stands in for ``torch`` in the peer's module and keeps the rotations it draws."""
+
+    def __init__(self) -> None:
+        self.rotations: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def randn(self, *shape: Any, **options: Any) -> Tensor:
+        drawn = torch.randn(*shape, **options)
+        if drawn.dim() == 4:
+            self.rotations.append(drawn)
+        return drawn
+
+    def take(self) -> list[Tensor]:
+        """The rotations drawn since the last call, each [1 or B * H, D, R, n / 2], in order."""
+        taken, self.rotations = self.rotations, []
+        return taken
+
+
+@pytest.fixture
+def recorder(peer: ModuleType) -> Iterator[RecordingTorch]:
+    """Records the rotations that the peer draws."""
+    recording = RecordingTorch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "torch", recording)
+        yield recording
+
+
+@pytest.fixture
+def set_rotations(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor], None]:
+    """Gives one of our LSHSelfAttention modules the peer's rotations."""
+
+    def give(attention: nn.Module, rotations: Tensor) -> None:
+        def use(num_buckets: int, *_: object) -> tuple[Tensor, ...]:
+            assert num_buckets == 2 * rotations.shape[-1]
+            return (rotations,)
+
+        monkeypatch.setattr(attention, "rotations", use, raising=True)
+
+    return give
+
+
+@pytest.fixture
+def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForCausalLM]]:
+    """A ReformerLM and our model with the same weights, both in float64 and in training mode.
+
+    Called with options of ReformerLM, which change PEER_DEFAULTS.
+    """
+
+    def make(**options: Any) -> tuple[nn.Module, ReformerLMForCausalLM]:
+        options = PEER_DEFAULTS | options
+        torch.manual_seed(0)
+        theirs = peer.ReformerLM(**options).double()
+        with torch.no_grad():
+            # Nothing may stay 0 or 1, as ReZero's factors do at first: an unused or misplaced weight would not show.
+            for parameter in theirs.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        for module in theirs.modules():
+            if isinstance(module, peer.FixedPositionalEmbedding):
+                # They round the frequencies to float32, which would hide errors below 1e-6.
+                exponent = torch.arange(0, 2 * len(module.inv_freq), 2, dtype=torch.float64)
+                module.inv_freq = 10_000.0 ** -(exponent / (2 * len(module.inv_freq)))
+        ours = ReformerLMForCausalLM(translate_options(options)).double().train()
+        copy_weights(theirs, ours)
+        return theirs, ours
+
+    return make
+
+
+@pytest.fixture
+def copy() -> Callable[[nn.Module, nn.Module], None]:
+    """`copy_weights`."""
+    return copy_weights
+
+
+@pytest.fixture
+def assert_same_module() -> Callable[..., None]:
+    """Checks outputs, and gradients of every parameter, of two modules whose weights are the same.
+
+    Called with their module and ours, their output and ours, the tolerance, and optionally an input whose gradient
+    is to be the same too and a mask bool [B, T] of the outputs that count.
+    """
+
+    def check(
+        modules: tuple[nn.Module, nn.Module],
+        outputs: tuple[Tensor, Tensor],
+        tolerance: dict[str, float],
+        x: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        expected, actual = outputs
+        weights = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+        if counts is not None:
+            expected, actual, weights = (torch.where(counts.unsqueeze(-1), t, 0.0) for t in (*outputs, weights))
+        torch.testing.assert_close(actual, expected, **tolerance)
+        pairs = parameter_pairs(*modules)
+        inputs = [] if x is None else [x]
+        for tensor in (*inputs, *(p for pair in pairs.values() for p in pair)):
+            tensor.grad = None
+        # Their reversible layers know backward() only, not autograd.grad().
+        (expected * weights).sum().backward()
+        wanted = [t.grad for t in (*inputs, *(theirs for theirs, _ in pairs.values()))]
+        for tensor in inputs:
+            tensor.grad = None
+        (actual * weights).sum().backward()
+        found = [t.grad for t in (*inputs, *(mine for _, mine in pairs.values()))]
+        names = [*(["the input"] if inputs else []), *pairs]
+        for name, one, other in zip(names, found, wanted, strict=True):
+            # None means 0: a lone token reads itself, whatever its query.
+            one, other = (torch.zeros(()) if gradient is None else gradient for gradient in (one, other))
+            one, other = torch.broadcast_tensors(one.double(), other.double())
+            torch.testing.assert_close(one, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+    return check
