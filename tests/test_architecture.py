@@ -18,7 +18,7 @@ ALLOWED = {
     "model": {"ops", "config", "layers"},
     "wrapper": {"model"},
     "command_line": set(),
-    "text": {"corpus"},  # builds vocabularies from corpora
+    "text": {"corpus", "command_line"},  # builds vocabularies from corpora
     "corpus": {"text"},
     "scoring": {"model", "text"},
     "generation": {"text"},

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reformer_lm.command_line import CommandLineParser
 from reformer_lm.errors import InputError
 from reformer_lm.text.characters import hanzi, wordpiece_base
 from reformer_lm.text.conventions import DEFAULT_VOCABULARY
@@ -58,10 +59,11 @@ class CorpusFiles:
             yield from read_articles(path)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLineParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="python -m reformer_lm.text.vocabulary",
+        bare_argument_hint="files are given behind --corpus",
         description="Write the default vocabulary, or learn one from a corpus.",
     )
     parser.add_argument(
@@ -143,7 +145,7 @@ def build(arguments: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     try:
-        print(build(build_parser().parse_args(arguments)))
+        print(build(build_parser().parse_strictly(arguments)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
