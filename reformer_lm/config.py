@@ -74,8 +74,9 @@ class ReformerLMConfig(PreTrainedConfig):
     Head and initialisation:
         tie_word_embeddings: whether the output matrix is the token embedding.
         lm_head_bias: whether the output layer has a bias.
-        initializer_range: standard deviation of the initial weights; those that write into the residual streams
-            get initializer_range / sqrt(2 * num_hidden_layers), as in GPT-2.
+        initializer_range: standard deviation of the initial weights of linear layers; those that write into the
+            residual streams get initializer_range / sqrt(2 * num_hidden_layers), as in GPT-2, positions a quarter.
+            Token embeddings start with length 1, standard deviation 1 / sqrt(embedding_size).
 
     Raises:
         ValueError: on an impossible combination, naming the field, its value and the remedy.

@@ -14,9 +14,12 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.attention import SequenceInfo
 from reformer_lm.layers.norms import ResidualLinear, ReZeroGate, ScaleNorm
-from reformer_lm.layers.positions import PositionEmbedding
+from reformer_lm.layers.positions import PositionEmbedding, PositionTable
 from reformer_lm.layers.reversible import ReversibleStack
 from reformer_lm.ops.loss import linear_cross_entropy
+
+# Standard deviation of initial position embeddings, as a share of initializer_range.
+_POSITION_SHARE = 0.25
 
 
 class ReformerLMPreTrainedModel(PreTrainedModel):
@@ -34,7 +37,11 @@ class ReformerLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range); layers that write into the residual streams scaled down with depth, as GPT-2."""
+        """Gives a module its initial weights.
+
+        Linear layers get N(0, initializer_range), those that write into the residual streams scaled down with depth,
+        as in GPT-2; positions a quarter of it; token embeddings N(0, 1 / embedding_size).
+        """
         # transformers visits every module that owns parameters, and none that merely contains such modules.
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -42,11 +49,14 @@ class ReformerLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std / narrow)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, PositionTable):
+            init.normal_(module.weight, mean=0.0, std=std * _POSITION_SHARE)
         elif isinstance(module, nn.ParameterList):  # of the axial embedding
             for weight in module:
-                init.normal_(weight, mean=0.0, std=std)
+                init.normal_(weight, mean=0.0, std=std * _POSITION_SHARE)
+        elif isinstance(module, nn.Embedding):
+            # Vectors of length 1, well above the positions': a hash should go by content before it goes by place.
+            init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.embedding_dim))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -264,18 +264,26 @@ def test_clear_errors() -> None:
         model(x[:, :5], output_attentions=True)
 
 
-def test_initial_weights_follow_gpt2() -> None:
-    config = ReformerLMConfig(vocab_size=2000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
-    model = ReformerLMForCausalLM(config)
-    residual = 0.02 / math.sqrt(8)
-    for name, parameter in model.named_parameters():
+@pytest.mark.parametrize("position_type", ["axial", "absolute"])
+def test_initial_weights(position_type: str) -> None:
+    config = ReformerLMConfig(
+        vocab_size=2000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, position_type=position_type
+    )
+    for name, parameter in ReformerLMForCausalLM(config).named_parameters():
         if name.endswith("output.weight"):
-            assert parameter.std().item() == pytest.approx(residual, rel=0.05), name
+            std = 0.02 / math.sqrt(8)
+        elif "position_embedding" in name:
+            std = 0.005
+        elif "token_embedding" in name:
+            std = 1 / 16
         elif parameter.dim() > 1:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            std = 0.02
         else:
             expected = 1.0 if "norm.weight" in name else 0.0
             assert torch.equal(parameter, torch.full_like(parameter, expected)), name
+            continue
+        assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+        assert abs(parameter.mean().item()) < std / 10, name
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False, "norm_type": "rezero"}], ids=str)

@@ -11,6 +11,10 @@ from reformer_lm.config import ReformerLMConfig
 _ROTARY_BASE = 10_000.0
 
 
+class PositionTable(nn.Embedding):
+    """A learned vector per position; a class of its own because it is initialised otherwise than tokens."""
+
+
 class PositionEmbedding(nn.Module):
     """What is added to the token embeddings; nothing with rotary positions.
 
@@ -29,7 +33,7 @@ class PositionEmbedding(nn.Module):
             dims = None if config.axial_dims is None else tuple(config.axial_dims)
             self.axial = AxialPositionalEmbedding(width, tuple(config.axial_shape), dims)
         elif config.position_type == "absolute":
-            self.absolute = nn.Embedding(config.max_position_embeddings, width)
+            self.absolute = PositionTable(config.max_position_embeddings, width)
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Embeds positions.
