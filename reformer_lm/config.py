@@ -76,7 +76,8 @@ class ReformerLMConfig(PreTrainedConfig):
         lm_head_bias: whether the output layer has a bias.
         initializer_range: standard deviation of the initial weights of linear layers; those that write into the
             residual streams get initializer_range / sqrt(2 * num_hidden_layers), as in GPT-2, positions a quarter.
-            Token embeddings start with length 1, standard deviation 1 / sqrt(embedding_size).
+            Token embeddings start with length 1, standard deviation 1 / sqrt(embedding_size); where they are tied
+            to the output, the last norm's scales start at +1 or -1 at random.
 
     Raises:
         ValueError: on an impossible combination, naming the field, its value and the remedy.

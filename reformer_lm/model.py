@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.attention import SequenceInfo
-from reformer_lm.layers.norms import ResidualLinear, ReZeroGate, ScaleNorm
+from reformer_lm.layers.norms import FinalNorm, ResidualLinear, ReZeroGate, ScaleNorm
 from reformer_lm.layers.positions import PositionEmbedding, PositionTable
 from reformer_lm.layers.reversible import ReversibleStack
 from reformer_lm.ops.loss import linear_cross_entropy
@@ -58,7 +58,10 @@ class ReformerLMPreTrainedModel(PreTrainedModel):
             # Vectors of length 1, well above the positions': a hash should go by content before it goes by place.
             init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.embedding_dim))
         elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
+            if isinstance(module, FinalNorm) and self.config.tie_word_embeddings:
+                init.copy_(module.weight, torch.randint_like(module.weight, 2) * 2 - 1)
+            else:
+                init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ScaleNorm):
             # The length that a layer norm's output has.
@@ -78,7 +81,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         self.embedding_projection = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
         self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.stack = ReversibleStack(config)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = FinalNorm(config.hidden_size, eps=config.layer_norm_eps)
         # Number of forward passes in training; with rehash="step" it seeds the rotations. A trainer that resumes
         # sets it again.
         self.hash_step = 0

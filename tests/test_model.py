@@ -278,12 +278,24 @@ def test_initial_weights(position_type: str) -> None:
             std = 1 / 16
         elif parameter.dim() > 1:
             std = 0.02
+        elif name == "reformer.norm.weight":
+            assert sorted(parameter.unique().tolist()) == [-1.0, 1.0]
+            continue
         else:
             expected = 1.0 if "norm.weight" in name else 0.0
             assert torch.equal(parameter, torch.full_like(parameter, expected)), name
             continue
         assert parameter.std().item() == pytest.approx(std, rel=0.05), name
         assert abs(parameter.mean().item()) < std / 10, name
+
+
+def test_a_new_model_knows_nothing() -> None:
+    config = ReformerLMConfig(vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+    x = torch.randint(0, 2000, (1, 1000), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    assert ReformerLMForCausalLM(config).eval()(x, labels=x).loss.item() == pytest.approx(math.log(2000), rel=0.1)
+    config.tie_word_embeddings = False
+    assert (ReformerLMForCausalLM(config).reformer.norm.weight == 1).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False, "norm_type": "rezero"}], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -130,8 +131,6 @@ def test_links_and_named_files_exist(page: Path) -> None:
 
 
 def test_figures_about_the_data_are_right() -> None:
-    import json
-
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     for name in ("train", "val"):
         articles = json.loads((ROOT / "data" / f"{name}.json").read_text(encoding="utf-8"))
@@ -140,9 +139,24 @@ def test_figures_about_the_data_are_right() -> None:
     assert sum(len(article) > 4096 for article in train) == 4
 
 
-def test_parameter_counts_of_the_configurations_are_right() -> None:
-    import json
+def test_figures_of_the_readmes_are_those_of_the_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "first_steps.json").read_text(encoding="utf-8"))
+    for page in READMES:
+        text = page.read_text(encoding="utf-8")
+        for job in ("demo", "novels"):
+            result = results[job]
+            for key in (
+                "corpus_tokens",
+                "steps",
+                "validation_ppl_last",
+                "tokens_per_second_median",
+                "peak_resident_mb",
+            ):
+                assert f"{result[key]:,}" in text, (page.name, job, key)
+        assert f"{results['demo']['validation_ppl_first']:,}" in text, page.name
 
+
+def test_parameter_counts_of_the_configurations_are_right() -> None:
     import torch
 
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -22,6 +22,15 @@ class ScaleNorm(nn.Module):
         return x / norm * self.weight
 
 
+class FinalNorm(nn.LayerNorm):
+    """The layer norm behind the last layer; a class of its own because of its initial scales.
+
+    Where the output matrix is the token embedding, they start at +1 or -1 at random. With +1 alone the residual
+    streams, which begin as the token's own embedding, would have its greatest product with that token: the model would
+    start by predicting each token to follow itself.
+    """
+
+
 class ReZeroGate(nn.Module):
     """A learned factor that starts at 0. Source: Bachlechner et al. 2020 (arXiv 2003.04887), section 3."""
 
