@@ -289,6 +289,25 @@ def test_initial_weights(position_type: str) -> None:
         assert abs(parameter.mean().item()) < std / 10, name
 
 
+def test_gradients_on_several_threads_are_the_same_to_the_last_bit() -> None:
+    config = ReformerLMConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = ReformerLMForCausalLM(config)
+    x = torch.randint(0, 50, (1, 4096))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(4):
+            model.zero_grad()
+            model(x, labels=x).loss.backward()
+            runs.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert not [name for name, gradient in run.items() if not torch.equal(gradient, runs[0][name])]
+
+
 def test_a_new_model_knows_nothing() -> None:
     config = ReformerLMConfig(vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
     x = torch.randint(0, 2000, (1, 1000), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from axial_positional_embedding import AxialPositionalEmbedding
 from torch import Tensor, nn
+from torch.nn import functional
 
 from reformer_lm.config import ReformerLMConfig
 
@@ -48,7 +49,11 @@ class PositionEmbedding(nn.Module):
         if self.position_type == "axial":
             row, column = (weight.flatten(0, -2) for weight in self.axial.weights)
             columns = column.shape[0]
-            parts = (row[position_ids // columns], column[position_ids % columns])
+            # Not row[index]: its backward pass adds up in an order that changes from run to run on several threads.
+            parts = (
+                functional.embedding(position_ids // columns, row),
+                functional.embedding(position_ids % columns, column),
+            )
             return parts[0] + parts[1] if self.axial.summed else torch.cat(parts, dim=-1)
         if self.position_type == "absolute":
             return self.absolute(position_ids)
