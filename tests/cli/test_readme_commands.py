@@ -45,5 +45,9 @@ def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
     stated = json.loads((ROOT / "benchmarks" / "results" / "first_steps.json").read_text())["demo"]
     assert math.isclose(last, stated["validation_ppl_last"], rel_tol=0.05)
     assert re.search(r"清晨的车站.*[\u4e00-\u9fff]{5}", generated, flags=re.DOTALL)
+    stated_scores = re.search(r"```\n([\d.]+\t.*?)```", text, flags=re.DOTALL).group(1)
+    for line, stated_line in zip(scored.splitlines(), stated_scores.splitlines(), strict=True):
+        assert line.split("\t")[1:] == stated_line.split("\t")[1:]
+        assert math.isclose(float(line.split("\t")[0]), float(stated_line.split("\t")[0]), rel_tol=0.25)
     perplexities = [float(line.split("\t")[0]) for line in scored.splitlines()]
     assert perplexities[0] < perplexities[1]
