@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from reformer_lm.errors import InputError
+
+EXIT_OK = 0
+EXIT_WRONG_INPUT = 2
+# What a shell reports for a program that a signal ended: this and the signal's number.
+EXIT_SIGNAL = 128
+EXIT_INTERRUPTED = EXIT_SIGNAL + 2
+
+
+def complain(error: object) -> None:
+    """Prints an error on stderr, in one line whatever its message."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -172,6 +172,24 @@ def test_the_table_of_hash_ties_is_that_of_the_result_file() -> None:
     assert stated == measured
 
 
+def test_the_figures_of_the_future_leak_are_those_of_the_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "future_leak.json").read_text(encoding="utf-8"))
+    moved = results["largest_change_of_an_earlier_logit"]
+    peers = [f"{moved['reformer_pytorch']:.2f}", f"{moved['transformers']:.1f}"]
+    exact = f"{moved['ours_causal']:.0e}"
+    page = (ROOT / "docs" / "lsh_attention.md").read_text(encoding="utf-8")
+    stated = [
+        re.search(r"[\d.e-]+", cell).group()
+        for cell in re.findall(r"^\|.*\| (\**\d\S*)[^|]*\|$", page, re.MULTILINE)[:4]
+    ]
+    assert stated == [*peers, f"{moved['ours_chunked']:.1f}", exact]
+    for readme in READMES:
+        line = next(
+            line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("reformer-pytorch 0")
+        )
+        assert re.findall(r"\d+(?:\.\d+|e-\d+)", line)[:3] == [*peers, exact]
+
+
 def test_parameter_counts_of_the_configurations_are_right() -> None:
     import torch
 

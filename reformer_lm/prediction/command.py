@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.errors import InputError
 from reformer_lm.generation import GenerationSettings, TextGenerator
 from reformer_lm.prediction import reports
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
 
 GENERATION_BATCH_SIZE = 8
 SCORING_BATCH_SIZE = 16
-EXIT_OK = 0
-EXIT_WRONG_INPUT = 2
-EXIT_INTERRUPTED = 130
-# What a shell reports for a program whose reader went away (128 + SIGPIPE).
-EXIT_BROKEN_PIPE = 141
+# What a shell reports for a program whose reader went away (SIGPIPE).
+EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
         sys.stdout.flush()
     except InputError as error:
-        _complain(error)
+        complain(error)
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -165,11 +163,7 @@ def _converse(run: Callable[[Iterator[str]], None], *, quiet: bool) -> None:
             run(iter([decode_line(line)]))
         # RuntimeError: the device's memory may be too small for this text, and large enough for the next.
         except (InputError, RuntimeError) as error:
-            _complain(error)
-
-
-def _complain(error: object) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            complain(error)
 
 
 def _note(line: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reformer_lm.command_line import CommandLineParser
+from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, CommandLineParser, complain
 from reformer_lm.errors import InputError
 from reformer_lm.text.characters import hanzi, wordpiece_base
 from reformer_lm.text.conventions import DEFAULT_VOCABULARY
@@ -147,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(build(build_parser().parse_strictly(arguments)))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        complain(error)
+        return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return EXIT_INTERRUPTED
+    return EXIT_OK
 
 
 if __name__ == "__main__":

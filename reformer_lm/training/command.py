@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.corpus import EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.text import load_tokenizer, tokenizer_fingerprint
@@ -28,12 +29,6 @@ from reformer_lm.training.optimization import LearningRateSchedule, build_optimi
 from reformer_lm.training.reporting import Reporter
 from reformer_lm.training.state import DataIdentity, Progress, seed_everything
 
-EXIT_OK = 0
-EXIT_WRONG_INPUT = 2
-# What a shell reports for a program that a signal ended.
-EXIT_SIGNAL = 128
-EXIT_INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train_reformer.py.
@@ -49,13 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(parse_arguments(given), given)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         return EXIT_WRONG_INPUT
     except torch.OutOfMemoryError:
-        print(
-            "error: the device's memory is too small; give a smaller --batch_size with a larger "
-            "--gradient_accumulation, or a smaller --max_seq_len",
-            file=sys.stderr,
+        complain(
+            "the device's memory is too small; give a smaller --batch_size with a larger "
+            "--gradient_accumulation, or a smaller --max_seq_len"
         )
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
