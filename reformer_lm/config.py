@@ -11,7 +11,7 @@ from reformer_lm.ops.hashing import factorize_buckets
 from reformer_lm.ops.keys import KeyNorm
 
 FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu")
-POSITION_TYPES = ("axial", "rotary", "absolute", "sinusoidal")
+POSITION_TYPES = ("axial", "rotary", "absolute", "sinusoidal", "none")
 NORM_TYPES = ("layernorm", "scalenorm", "rezero")
 
 
@@ -29,8 +29,8 @@ class ReformerLMConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence, in tokens.
 
     LSH attention (Kitaev et al. 2020, section 2):
-        bucket_size: tokens a bucket holds at full length, and the window of earlier tokens of its bucket that a
-            token sees per round.
+        bucket_size: tokens a bucket holds at full length.
+        lsh_window: the most recent earlier tokens of its bucket that a token sees per round; None means bucket_size.
         num_hashes: hash rounds.
         num_buckets: buckets per round, even; None means max_position_embeddings / bucket_size rounded up to even
             (with lsh_mask="chunked": the current length / bucket_size, as reformer-pytorch does). Above 128 it is
@@ -39,21 +39,25 @@ class ReformerLMConfig(PreTrainedConfig):
         key_norm: length of the shared keys, "rms" (sqrt(head_dim)) or "unit" (1, as in reformer-pytorch).
         rehash: "fixed" rotations, or fresh ones at each training "step".
         hash_seed: seed of the rotations, together with the layer's index.
-        num_shifted_heads: LSH heads that read the value that *followed* a match; None means all LSH heads with
-            lsh_mask="causal" and none with "chunked".
+        num_shifted_heads: LSH heads that read the value that *followed* a match; a number, or a list with one per
+            layer; None means all LSH heads with lsh_mask="causal" and none with "chunked".
+        allow_duplicate_attention: whether a key met in several rounds counts once for each (the peers' default), or
+            once only (the paper's N_ij).
         full_attention_threshold: with "causal", the first so many positions of any sequence attend to all earlier
             tokens (position by position, so the model stays exactly causal); with "chunked", sequences up to this
             length use full attention.
         attend_across_buckets: "chunked" only: whether a token sees other buckets of its two chunks.
 
     Local heads:
-        num_local_heads: heads with windowed attention; None means half of them.
+        num_local_heads: heads with windowed attention; a number, or a list with one per layer (layers of local heads
+            alone are allowed, as in Google's local, local, LSH, local); None means half of them.
         local_window: tokens a local head sees, itself included; None means 2 * bucket_size.
         local_keys: "separate", a key projection of their own; or "shared", keys are the normalised queries.
         local_rotary: whether local heads use rotary positions.
 
     Positions:
-        position_type: "axial", "rotary" (on the LSH heads' shared vectors), "absolute" or "sinusoidal".
+        position_type: "axial", "rotary" (on the LSH heads' shared vectors), "absolute", "sinusoidal", or "none" (what
+            the local heads' rotary positions and causality tell must do).
         axial_shape: the two factors of the position grid, their product at least max_position_embeddings; None
             means [max_position_embeddings / bucket_size rounded up, bucket_size].
         axial_dims: widths of the two parts, concatenated, adding up to the embedding's width; None means that both
@@ -97,16 +101,18 @@ class ReformerLMConfig(PreTrainedConfig):
         embedding_size: int | None = None,
         max_position_embeddings: int = 4096,
         bucket_size: int = 64,
+        lsh_window: int | None = None,
         num_hashes: int = 4,
         num_buckets: int | None = None,
         lsh_mask: str = "causal",
         key_norm: KeyNorm = "rms",
         rehash: str = "fixed",
         hash_seed: int = 0,
-        num_shifted_heads: int | None = None,
+        num_shifted_heads: int | list[int] | None = None,
+        allow_duplicate_attention: bool = True,
         full_attention_threshold: int = 0,
         attend_across_buckets: bool = True,
-        num_local_heads: int | None = None,
+        num_local_heads: int | list[int] | None = None,
         local_window: int | None = None,
         local_keys: str = "separate",
         local_rotary: bool = True,
@@ -137,16 +143,18 @@ class ReformerLMConfig(PreTrainedConfig):
         self.embedding_size = embedding_size
         self.max_position_embeddings = max_position_embeddings
         self.bucket_size = bucket_size
+        self.lsh_window = lsh_window
         self.num_hashes = num_hashes
         self.num_buckets = num_buckets
         self.lsh_mask = lsh_mask
         self.key_norm = key_norm
         self.rehash = rehash
         self.hash_seed = hash_seed
-        self.num_shifted_heads = num_shifted_heads
+        self.num_shifted_heads = _own_list(num_shifted_heads)
+        self.allow_duplicate_attention = allow_duplicate_attention
         self.full_attention_threshold = full_attention_threshold
         self.attend_across_buckets = attend_across_buckets
-        self.num_local_heads = num_local_heads
+        self.num_local_heads = _own_list(num_local_heads)
         self.local_window = local_window
         self.local_keys = local_keys
         self.local_rotary = local_rotary
@@ -175,13 +183,23 @@ class ReformerLMConfig(PreTrainedConfig):
         """Buckets of each rotation of one hash round; None where their number follows the current length."""
         return None if self.num_buckets is None else factorize_buckets(self.num_buckets)
 
+    def local_heads_of(self, layer_index: int) -> int:
+        """How many of a layer's heads are local; they come first."""
+        assert self.num_local_heads is not None
+        return _of_layer(self.num_local_heads, layer_index)
+
+    def shifted_heads_of(self, layer_index: int) -> int:
+        """How many of a layer's LSH heads read what followed a match; they come last."""
+        assert self.num_shifted_heads is not None
+        return _of_layer(self.num_shifted_heads, layer_index)
+
     def _check(self) -> None:
         for name in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
             "num_hashes"
         ).split():
             self._require_count(name, 1)
-        for name in "head_dim intermediate_size embedding_size local_window".split():
+        for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
             self._require_count(name, 1, optional=True)
         for name in "full_attention_threshold reversible_threshold ff_chunk_size".split():
             self._require_count(name, 0)
@@ -209,17 +227,28 @@ class ReformerLMConfig(PreTrainedConfig):
 
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
-        if self.num_local_heads is not None and not 0 <= self.num_local_heads <= heads:
-            raise _impossible("num_local_heads", self.num_local_heads, f"give 0 to num_attention_heads ({heads})")
-        local = heads // 2 if self.num_local_heads is None else self.num_local_heads
-        if self.num_shifted_heads is not None and not 0 <= self.num_shifted_heads <= heads - local:
-            raise _impossible(
-                "num_shifted_heads",
-                self.num_shifted_heads,
-                f"give 0 to {heads - local}, the heads that are not local (num_local_heads is {local})",
-            )
+        for name in ("num_local_heads", "num_shifted_heads"):
+            given = getattr(self, name)
+            if isinstance(given, list) and len(given) != self.num_hidden_layers:
+                raise _impossible(
+                    name, given, f"give one number per layer (num_hidden_layers is {self.num_hidden_layers})"
+                )
+        for layer in range(self.num_hidden_layers):
+            local = _of_layer(self.num_local_heads, layer)
+            if local is None:
+                local = heads // 2
+            if not 0 <= local <= heads:
+                raise _impossible("num_local_heads", self.num_local_heads, f"give 0 to num_attention_heads ({heads})")
+            shifted = _of_layer(self.num_shifted_heads, layer)
+            if shifted is not None and not 0 <= shifted <= heads - local:
+                raise _impossible(
+                    "num_shifted_heads",
+                    self.num_shifted_heads,
+                    f"give 0 to {heads - local}, the heads of layer {layer} that are not local ({local} are)",
+                )
         dim = self.head_dim or self.hidden_size // heads
-        rotates = (self.local_rotary and local) or self.position_type == "rotary"
+        has_local = self.num_local_heads is None and heads > 1 or bool(_most(self.num_local_heads))
+        rotates = (self.local_rotary and has_local) or self.position_type == "rotary"
         if rotates and dim % 2:
             raise _impossible(
                 "head_dim",
@@ -268,8 +297,14 @@ class ReformerLMConfig(PreTrainedConfig):
             self.local_window = 2 * self.bucket_size
         if self.num_local_heads is None:
             self.num_local_heads = heads // 2
+        if self.lsh_window is None:
+            self.lsh_window = self.bucket_size
         if self.num_shifted_heads is None:
-            self.num_shifted_heads = heads - self.num_local_heads if self.lsh_mask == "causal" else 0
+            local = self.num_local_heads
+            if self.lsh_mask == "chunked":
+                self.num_shifted_heads = 0
+            else:
+                self.num_shifted_heads = [heads - n for n in local] if isinstance(local, list) else heads - local
         if self.position_type == "axial" and self.axial_shape is None:
             self.axial_shape = [math.ceil(self.max_position_embeddings / self.bucket_size), self.bucket_size]
         if self.num_buckets is None and self.lsh_mask == "causal":
@@ -288,6 +323,19 @@ class ReformerLMConfig(PreTrainedConfig):
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise _impossible(name, getattr(self, name), "choose " + ", ".join(f'"{c}"' for c in choices))
+
+
+def _own_list(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _of_layer(value: Any, layer_index: int) -> Any:
+    """The entry of a layer, where there is one per layer."""
+    return value[layer_index] if isinstance(value, list) else value
+
+
+def _most(value: Any) -> Any:
+    return max(value) if isinstance(value, list) else value
 
 
 def _impossible(name: str, value: object, remedy: str) -> ValueError:

@@ -47,16 +47,16 @@ class LSHSelfAttention(nn.Module):
 
     def __init__(self, config: ReformerLMConfig, layer_index: int) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.num_local_heads is not None
-        assert config.num_shifted_heads is not None and config.local_window is not None
+        assert config.head_dim is not None and config.local_window is not None and config.lsh_window is not None
         self.config = config
         self.layer_index = layer_index
         self.heads = config.num_attention_heads
         self.head_dim = config.head_dim
-        self.local_heads = config.num_local_heads
+        self.local_heads = config.local_heads_of(layer_index)
         self.lsh_heads = self.heads - self.local_heads
-        self.shifted_heads = config.num_shifted_heads
+        self.shifted_heads = config.shifted_heads_of(layer_index)
         self.local_window = config.local_window
+        self.lsh_window = config.lsh_window
         self.causal = config.lsh_mask == "causal"
         width = self.heads * self.head_dim
         self.query_key = nn.Linear(config.hidden_size, width, bias=False)
@@ -177,7 +177,7 @@ class LSHSelfAttention(nn.Module):
             rotated,
             v,
             buckets,
-            window=config.bucket_size,
+            window=self.lsh_window,
             key_norm=config.key_norm,
             num_shifted_heads=self.shifted_heads,
             dropout_p=self._dropout_p(),

@@ -17,7 +17,7 @@ class PositionTable(nn.Embedding):
 
 
 class PositionEmbedding(nn.Module):
-    """What is added to the token embeddings; nothing with rotary positions.
+    """What is added to the token embeddings; nothing with rotary positions or none.
 
     Axial embeddings (Kitaev et al. 2020, section 4.1) give a grid position (row, column) one vector for the row and
     one for the column, so that a million positions need two thousand vectors. The parameters are those of the
@@ -44,7 +44,7 @@ class PositionEmbedding(nn.Module):
             dtype: of the result where it is not learned.
 
         Returns:
-            [B or 1, T, embedding_size], or None with rotary positions.
+            [B or 1, T, embedding_size], or None with rotary positions or none.
         """
         if self.position_type == "axial":
             row, column = (weight.flatten(0, -2) for weight in self.axial.weights)
