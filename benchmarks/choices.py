@@ -217,11 +217,54 @@ def identity(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result[name] for name in ("row", "seed", "lr", "context", "steps", "batch", "hidden_size", "layers"))
 
 
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Markdown tables of docs/choices.md, one per series (sizes and number of steps).
+
+    Args:
+        runs: as in the result file.
+    """
+    series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in runs:
+        key = tuple(result[name] for name in ("context", "steps", "batch", "hidden_size", "layers", "heads"))
+        series.setdefault(key, []).append(result)
+    parts = []
+    for (context, steps, batch, width, layers, heads), members in sorted(series.items()):
+        parts.append(
+            f"{layers} layers, hidden size {width}, {heads} heads, windows of {context:,} characters, batch {batch}, "
+            f"{steps:,} steps.\n\n"
+            "| attention | lr | loss, each seed | mean | against base | pieces of 32 | parameters |\n"
+            "|---|---:|---|---:|---:|---:|---:|"
+        )
+        lines = []
+        base = [r for r in members if r["row"] == "base"]
+        for row in ROWS:
+            for rate in sorted({r["lr"] for r in members if r["row"] == row}):
+                found = sorted((r for r in members if r["row"] == row and r["lr"] == rate), key=lambda r: r["seed"])
+                mean = sum(r["validation"] for r in found) / len(found)
+                # Pairs of the same seed: seeds see other windows in another order.
+                pairs = [
+                    r["validation"] - b["validation"]
+                    for r in found
+                    for b in base
+                    if b["seed"] == r["seed"] and (b["lr"] == rate or "peer" in ROWS[row])
+                ]
+                against = f"{sum(pairs) / len(pairs):+.3f}" if pairs and row != "base" else ""
+                short = sum(r["validation_32"] for r in found) / len(found)
+                each = " / ".join(f"{r['validation']:.3f}" for r in found)
+                parameters = f"{found[0]['parameters'] / 1e6:.2f} M"
+                lines.append(
+                    (mean, f"| {row} | {rate:g} | {each} | {mean:.3f} | {against} | {short:.3f} | {parameters} |")
+                )
+        parts[-1] += "\n" + "\n".join(line for _, line in sorted(lines))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    """Runs what is missing of the asked series."""
+    """Runs what is missing of the asked series, or prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True, help="JSON list of articles")
-    parser.add_argument("--validation", type=Path, required=True, help="JSON list of articles")
+    parser.add_argument("--train", type=Path, help="JSON list of articles")
+    parser.add_argument("--validation", type=Path, help="JSON list of articles")
+    parser.add_argument("--report", action="store_true", help="print the tables of what was run, and run nothing")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3])
@@ -238,6 +281,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "choices.json")
     sizes = parser.parse_args()
     found = json.loads(sizes.out.read_text(encoding="utf-8")) if sizes.out.exists() else {"runs": []}
+    if sizes.report:
+        print(tables(found["runs"]))
+        return
+    if sizes.train is None or sizes.validation is None:
+        parser.error("--train and --validation are needed: two JSON lists of articles")
     done = {identity(result) for result in found["runs"]}
     # Seeds outermost: a series that is cut short has whole rounds.
     jobs = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+# So that a script here finds the package without an installation: each imports this module first.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "reformer-pytorch", "numpy")
 
 

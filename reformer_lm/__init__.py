@@ -2,15 +2,18 @@
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
+from reformer_lm.layers.recording import AttentionRecord, record_attention
 from reformer_lm.model import ReformerLMForCausalLM, ReformerLMModel
 from reformer_lm.version import __version__
 from reformer_lm.wrapper import TrainingWrapper
 
 __all__ = [
+    "AttentionRecord",
     "InputError",
     "ReformerLMConfig",
     "ReformerLMForCausalLM",
     "ReformerLMModel",
     "TrainingWrapper",
     "__version__",
+    "record_attention",
 ]

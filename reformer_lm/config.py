@@ -43,6 +43,7 @@ class ReformerLMConfig(PreTrainedConfig):
             layer; None means all LSH heads with lsh_mask="causal" and none with "chunked".
         allow_duplicate_attention: whether a key met in several rounds counts once for each (the peers' default), or
             once only (the paper's N_ij).
+        num_mem_kv: learned memory vectors per layer that every token of the LSH heads sees.
         full_attention_threshold: with "causal", the first so many positions of any sequence attend to all earlier
             tokens (position by position, so the model stays exactly causal); with "chunked", sequences up to this
             length use full attention.
@@ -110,6 +111,7 @@ class ReformerLMConfig(PreTrainedConfig):
         hash_seed: int = 0,
         num_shifted_heads: int | list[int] | None = None,
         allow_duplicate_attention: bool = True,
+        num_mem_kv: int = 0,
         full_attention_threshold: int = 0,
         attend_across_buckets: bool = True,
         num_local_heads: int | list[int] | None = None,
@@ -152,6 +154,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.hash_seed = hash_seed
         self.num_shifted_heads = _own_list(num_shifted_heads)
         self.allow_duplicate_attention = allow_duplicate_attention
+        self.num_mem_kv = num_mem_kv
         self.full_attention_threshold = full_attention_threshold
         self.attend_across_buckets = attend_across_buckets
         self.num_local_heads = _own_list(num_local_heads)
@@ -201,7 +204,7 @@ class ReformerLMConfig(PreTrainedConfig):
             self._require_count(name, 1)
         for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
             self._require_count(name, 1, optional=True)
-        for name in "full_attention_threshold reversible_threshold ff_chunk_size".split():
+        for name in "full_attention_threshold reversible_threshold ff_chunk_size num_mem_kv".split():
             self._require_count(name, 0)
         self._require_choice("lsh_mask", ("causal", "chunked"))
         self._require_choice("key_norm", ("rms", "unit"))

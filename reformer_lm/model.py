@@ -12,7 +12,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.attention import SequenceInfo
+from reformer_lm.layers.attention import LSHSelfAttention, SequenceInfo
+from reformer_lm.layers.compaction import Compaction, document_positions
 from reformer_lm.layers.norms import FinalNorm, ResidualLinear, ReZeroGate, ScaleNorm
 from reformer_lm.layers.positions import PositionEmbedding, PositionTable
 from reformer_lm.layers.reversible import ReversibleStack
@@ -68,6 +69,9 @@ class ReformerLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, math.sqrt(self.config.hidden_size))
         elif isinstance(module, ReZeroGate):
             init.zeros_(module.weight)
+        elif isinstance(module, LSHSelfAttention) and module.memory is not None:
+            # It stands in for hidden states behind a norm.
+            init.normal_(module.memory)
 
 
 class ReformerLMModel(ReformerLMPreTrainedModel):
@@ -101,6 +105,10 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        input_attn_mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        context_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -112,8 +120,14 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             input_ids: int64 [B, T], 1 <= T <= max_position_embeddings (padding not counted).
             attention_mask: [B, T], nonzero for real tokens; padding may stand on either side. Real tokens get the
                 same output as without any padding; at padding the output is 0.
-            position_ids: int64 [B, T]; by default real tokens count from 0.
+            position_ids: int64 [B, T]; by default real tokens count from 0, in each document anew.
             inputs_embeds: [B, T, embedding_size] in place of ``input_ids``.
+            document_ids: int64 [B, T], the same number for all tokens of a document, which stand together. Documents
+                packed into one row then do not see each other: each gets the output that it gets alone.
+            input_attn_mask: bool [B or 1, T, T], True where a query (row) may see a key (column);
+                ``lsh_mask="chunked"`` only, as the next two. All three are reformer-pytorch's.
+            keys: [B, C, hidden_size], the vectors of another sequence that every token of the LSH heads sees.
+            context_mask: bool [B, C], False for padding of ``keys``.
             output_hidden_states: whether to return the embedding and each layer's output; keeps all activations.
             output_attentions: not available, since no matrix of attention weights is ever formed.
             return_dict: False for a tuple.
@@ -124,7 +138,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, an empty or too long sequence, a mask
-                or positions of another shape, or ``output_attentions``.
+                or positions of another shape, ``output_attentions``, or an input of the chunked mode in causal mode.
         """
         if output_attentions:
             raise ValueError("output_attentions=True is not possible: LSH attention forms no matrix of weights")
@@ -135,15 +149,32 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         shape = given.shape[:2]
         if shape[1] == 0:
             raise ValueError("the sequence is empty: give at least one token")
-        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        for name, tensor in (
+            ("attention_mask", attention_mask), ("position_ids", position_ids), ("document_ids", document_ids)
+        ):  # fmt: skip
             if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != shape[1]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} like the input")
-        order = _Compaction.of(attention_mask)
+        self._check_chunked_only(shape, input_attn_mask, keys, context_mask)
+        order = Compaction.of(attention_mask)
         if order is not None:
-            input_ids, inputs_embeds, position_ids = (
-                None if x is None else order.pack(x) for x in (input_ids, inputs_embeds, position_ids)
+            input_ids, inputs_embeds, position_ids, document_ids = (
+                None if x is None else order.pack(x) for x in (input_ids, inputs_embeds, position_ids, document_ids)
             )
-        hidden, states = self._run(input_ids, inputs_embeds, position_ids, order, bool(output_hidden_states))
+            input_attn_mask = None if input_attn_mask is None else order.pack_pairs(input_attn_mask)
+        if position_ids is None:
+            position_ids = document_positions(
+                given.shape[1] if order is None else order.longest, document_ids, given.device
+            )
+        info = SequenceInfo(
+            position_ids,
+            mask=order.mask if order is not None and self.config.lsh_mask == "chunked" else None,
+            documents=document_ids,
+            attention_mask=input_attn_mask,
+            context=keys,
+            context_mask=context_mask,
+            hash_step=self._next_hash_step(),
+        )
+        hidden, states = self._run(input_ids, inputs_embeds, info, bool(output_hidden_states))
         if order is not None:
             hidden = order.unpack(hidden)
             states = None if states is None else tuple(order.unpack(state) for state in states)
@@ -151,34 +182,35 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             return (hidden,) if states is None else (hidden, states)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
 
+    def _check_chunked_only(
+        self, shape: torch.Size, input_attn_mask: Tensor | None, keys: Tensor | None, context_mask: Tensor | None
+    ) -> None:
+        given = {"input_attn_mask": input_attn_mask, "keys": keys, "context_mask": context_mask}
+        for name, tensor in given.items():
+            if tensor is not None and self.config.lsh_mask != "chunked":
+                raise ValueError(f'{name} needs lsh_mask="chunked": leave it out, or change the configuration')
+        if keys is not None and (keys.dim() != 3 or keys.shape[::2] != (shape[0], self.config.hidden_size)):
+            raise ValueError(f"keys has shape {tuple(keys.shape)}, expected ({shape[0]}, C, {self.config.hidden_size})")
+        if context_mask is not None and (keys is None or context_mask.shape != keys.shape[:2]):
+            raise ValueError("context_mask must be given with keys and have their first two sizes")
+
+    def _next_hash_step(self) -> int | None:
+        if not (self.training and self.config.rehash == "step"):
+            return None
+        self.hash_step += 1
+        return self.hash_step - 1
+
     def _run(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        position_ids: Tensor | None,
-        order: _Compaction | None,
-        output_hidden_states: bool,
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, info: SequenceInfo, output_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        tokens = given.shape[1]
+        tokens = info.position_ids.shape[1]
         longest = self.config.max_position_embeddings
         if tokens > longest:
             raise ValueError(
                 f"the sequence has {tokens:,} tokens, more than max_position_embeddings ({longest:,}): shorten it, "
                 "or train with a larger max_position_embeddings"
             )
-        if position_ids is None:
-            position_ids = torch.arange(tokens, device=given.device).unsqueeze(0)
-        x = self._embed(input_ids, inputs_embeds, position_ids)
-        mask = None
-        if order is not None and self.config.lsh_mask == "chunked":
-            mask = order.mask
-        training_step = None
-        if self.training and self.config.rehash == "step":
-            training_step = self.hash_step
-            self.hash_step += 1
-        info = SequenceInfo(position_ids, mask, training_step)
+        x = self._embed(input_ids, inputs_embeds, info.position_ids)
         states: tuple[Tensor, ...] | None = None
         if output_hidden_states:
             collected = [x]
@@ -201,42 +233,6 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             x = self.embedding_projection(x)
         # The residual streams stay float32 in mixed precision: they are added up and taken apart again.
         return self.embedding_dropout(x).to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _Compaction:
-    """Moves the real tokens of each row to its front, and back.
-
-    The model is causal, so what stands behind the last real token cannot reach any of them: with the padding there,
-    every row is computed as if it were alone.
-    """
-
-    def __init__(self, real: Tensor) -> None:
-        self.real = real
-        self.longest = max(1, int(real.sum(dim=1).max()))
-        # Stable: real tokens first, each kind in its own order.
-        order = torch.sort(real.to(torch.uint8), dim=1, descending=True, stable=True).indices
-        self.order = order[:, : self.longest]
-        self.mask = real.gather(1, self.order)
-
-    @staticmethod
-    def of(attention_mask: Tensor | None) -> _Compaction | None:
-        """None where nothing is masked."""
-        if attention_mask is None:
-            return None
-        real = attention_mask != 0
-        return None if bool(real.all()) else _Compaction(real)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, longest row, ...]."""
-        order = self.order if x.dim() == 2 else self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return x.expand(self.real.shape[0], *x.shape[1:]).gather(1, order)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[B, longest row, D] -> [B, T, D], zeros at the padding."""
-        batch, tokens = self.real.shape
-        x = x * self.mask.unsqueeze(-1)
-        index = self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return x.new_zeros(batch, tokens, x.shape[-1]).scatter(1, index, x)
 
 
 class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
@@ -279,6 +275,10 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        input_attn_mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        context_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -297,6 +297,11 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
                 scored against the label at t + 1. What ``attention_mask`` marks as padding never counts.
             position_ids: see there.
             inputs_embeds: see there.
+            document_ids: see there. The first token of a document is still predicted from the last one of the
+                document before, unless its label is -100.
+            input_attn_mask: see there.
+            keys: see there.
+            context_mask: see there.
             output_hidden_states: see there.
             output_attentions: see there.
             return_dict: False for a tuple.
@@ -318,6 +323,10 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
+            input_attn_mask=input_attn_mask,
+            keys=keys,
+            context_mask=context_mask,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,

@@ -24,7 +24,7 @@ ALLOWED = {
     "generation": {"text"},
     "training": {"config", "model", "text", "corpus", "generation", "command_line"},
     "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "command_line"},
-    "__init__": {"config", "model", "wrapper"},
+    "__init__": {"config", "layers", "model", "wrapper"},
 }
 # transformers is for the model's shell, tokenizers and the jobs; accelerate for training only.
 ALLOWED_PACKAGES = {

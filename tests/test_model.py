@@ -41,6 +41,8 @@ VARIANTS = [
     {"position_type": "absolute", "norm_type": "scalenorm", "num_local_heads": 0, "num_shifted_heads": 2},
     {"position_type": "sinusoidal", "norm_type": "rezero", "num_local_heads": 4, "tie_word_embeddings": False},
     {"full_attention_threshold": 20, "local_keys": "shared", "local_rotary": False, "embedding_size": 10},
+    {"position_type": "none", "lsh_window": 3, "num_local_heads": [4, 1], "num_mem_kv": 2},
+    {"lsh_window": 20, "num_local_heads": 0, "allow_duplicate_attention": False, "full_attention_threshold": 9},
     {"num_buckets": 300, "num_hashes": 3, "ff_chunk_size": 5, "local_window": 3, "lm_head_bias": True},
 ]
 
@@ -111,6 +113,77 @@ def test_padding_on_either_side_changes_nothing(
         for row, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
             alone = model(x[row : row + 1, begin : begin + length]).logits[0]
             torch.testing.assert_close(padded[row, begin : begin + length], alone, **EXACT)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_packed_documents_get_what_they_get_alone(options: dict[str, object], lengths: list[int], seed: int) -> None:
+    model = make_model(**options)
+    x = tokens_like(1, sum(lengths), seed)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(x, document_ids=documents).logits
+        # In a batch, beside a row of another cut and with padding in front.
+        both = torch.cat((x, x))
+        other = torch.stack((documents[0], torch.zeros_like(documents[0])))
+        mask = torch.ones_like(both)
+        mask[1, : min(lengths[0], x.shape[1] - 1)] = 0
+        batched = model(both, document_ids=other, attention_mask=mask).logits[:1]
+    torch.testing.assert_close(batched, packed, **EXACT)
+    begin = 0
+    with torch.no_grad():
+        for length in lengths:
+            alone = model(x[:, begin : begin + length]).logits
+            torch.testing.assert_close(packed[:, begin : begin + length], alone, **EXACT)
+            begin += length
+
+
+def test_packed_documents_in_chunked_mode_read_their_own_document_only() -> None:
+    model = make_model(lsh_mask="chunked")
+    documents = torch.tensor([[0] * 30 + [1] * 34])
+    embeds = model.get_input_embeddings()(tokens_like(1, 64, 0)).detach().requires_grad_()
+    model(inputs_embeds=embeds, document_ids=documents).logits[0, 30:].sum().backward()
+    assert torch.equal(embeds.grad[0, :30], torch.zeros_like(embeds.grad[0, :30]))
+    assert embeds.grad[0, 30].abs().sum() > 0
+
+
+def test_inputs_of_the_chunked_mode_are_refused_in_causal_mode() -> None:
+    model = make_model()
+    x = tokens_like(1, 8, 0)
+    for name, value in {
+        "input_attn_mask": torch.ones(1, 8, 8, dtype=torch.bool),
+        "keys": torch.zeros(1, 3, 24, dtype=torch.float64),
+    }.items():
+        with pytest.raises(ValueError, match=f'{name} needs lsh_mask="chunked"'):
+            model(x, **{name: value})
+    chunked = make_model(lsh_mask="chunked")
+    with pytest.raises(ValueError, match="keys has shape"):
+        chunked(x, keys=torch.zeros(1, 3, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="context_mask must be given with keys"):
+        chunked(x, context_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("threshold", [0, 1000])
+def test_a_context_is_seen_with_gradients_and_its_padding_is_not(threshold: int) -> None:
+    model = make_model(lsh_mask="chunked", num_mem_kv=2, full_attention_threshold=threshold)
+    x = tokens_like(2, 40, 0)
+    context = torch.randn(2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    results = []
+    for reversible_threshold in (0, 1000):
+        model.reformer.stack.reversible_threshold = reversible_threshold
+        leaf = context.clone().requires_grad_()
+        model.zero_grad()
+        model(x, keys=leaf, context_mask=mask, labels=x).loss.backward()
+        memory = model.reformer.stack.layers[0].attention.memory
+        results.append([leaf.grad, memory.grad.clone()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    gradient, of_memory = results[0]
+    assert of_memory.abs().sum() > 0
+    assert torch.equal(gradient[1, 4:], torch.zeros_like(gradient[1, 4:]))
+    assert gradient[0].abs().sum(-1).min() > 0
 
 
 def test_same_input_same_output_whatever_the_global_seed() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class ReversibleStack(nn.Module):
             return last
         random = self.training and self.draws_random_numbers
         parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-        return _Reversible.apply(x1, x2, layers, info, random, *dict.fromkeys(parameters))
+        return _Reversible.apply(x1, x2, info.context, layers, info, random, *dict.fromkeys(parameters))
 
     def hidden_states(self, x1: Tensor, x2: Tensor, info: SequenceInfo) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields both streams behind each layer; keeps activations, whatever the threshold."""
@@ -155,6 +155,7 @@ class _Reversible(torch.autograd.Function):
         ctx: Any,
         x1: Tensor,
         x2: Tensor,
+        context: Tensor | None,
         layers: list[ReversibleLayer],
         info: SequenceInfo,
         random: bool,
@@ -171,30 +172,40 @@ class _Reversible(torch.autograd.Function):
                 replay = _Replay(buckets, state, _RandomState(device) if random else None)
                 x2 = x2 + layer.feed_forward_branch(x1)
                 replays.append(replay)
-        ctx.layers, ctx.info, ctx.replays, ctx.parameters = layers, info, replays, parameters
-        ctx.save_for_backward(x1, x2)
+        # The context is an input with a gradient, so it is kept as a saved tensor and not inside of info.
+        ctx.layers, ctx.info, ctx.replays, ctx.parameters = layers, replace(info, context=None), replays, parameters
+        ctx.save_for_backward(x1, x2, context)
         return x1, x2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
-        y1, y2 = ctx.saved_tensors
+        y1, y2, context = ctx.saved_tensors
         gradients: dict[Tensor, Tensor] = {}
+        info = ctx.info
+        inputs: list[Tensor] = []
+        if context is not None:
+            context = context.detach().requires_grad_(ctx.needs_input_grad[2])
+            info = replace(info, context=context)
+            inputs = [context] if context.requires_grad else []
         for layer, replay in zip(reversed(ctx.layers), reversed(ctx.replays), strict=True):
+            needed = [p for name in _FEED_FORWARD for p in getattr(layer, name).parameters() if p.requires_grad]
             branch = layer.feed_forward_branch
-            out, through = _rebuild(ctx, branch, y1, grad2, replay.feed_forward_state, _FEED_FORWARD, layer, gradients)
+            out, through = _rebuild(ctx, branch, y1, grad2, replay.feed_forward_state, needed, gradients)
             y2 = y2 - out
             grad1 = grad1 + through
 
             def attend(x: Tensor, layer: ReversibleLayer = layer, buckets: Tensor | None = replay.buckets) -> Tensor:
-                return layer.attention_branch(x, ctx.info, buckets)[0]
+                return layer.attention_branch(x, info, buckets)[0]
 
-            out, through = _rebuild(ctx, attend, y2, grad1, replay.attention_state, _ATTENTION, layer, gradients)
+            needed = [p for name in _ATTENTION for p in getattr(layer, name).parameters() if p.requires_grad]
+            out, through = _rebuild(ctx, attend, y2, grad1, replay.attention_state, needed + inputs, gradients)
             y1 = y1 - out
             grad2 = grad2 + through
         needs1, needs2 = ctx.needs_input_grad[:2]
+        of_context = None if context is None else gradients.get(context)
         of_parameters = (gradients.get(parameter) for parameter in ctx.parameters)
-        return grad1 if needs1 else None, grad2 if needs2 else None, None, None, None, *of_parameters
+        return grad1 if needs1 else None, grad2 if needs2 else None, of_context, None, None, None, *of_parameters
 
 
 _ATTENTION = ("attention_norm", "attention", "attention_gate")
@@ -207,25 +218,23 @@ def _rebuild(
     x: Tensor,
     grad_out: Tensor,
     state: _RandomState | None,
-    modules: tuple[str, ...],
-    layer: ReversibleLayer,
+    needed: list[Tensor],
     gradients: dict[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Runs one block again, with a graph, and sends the gradient through it.
 
     Returns:
-        The block's output, without graph, and the gradient of its input. Gradients of parameters are added to
-        ``gradients``.
+        The block's output, without graph, and the gradient of its input. The gradients of ``needed`` (parameters, the
+        context) are added to ``gradients``.
     """
-    parameters = [p for name in modules for p in getattr(layer, name).parameters() if p.requires_grad]
     with torch.enable_grad(), ctx.autocast.context(), state.replayed() if state else contextlib.nullcontext():
         leaf = x.detach().requires_grad_()
         out = branch(leaf)
-    found = torch.autograd.grad(out, [leaf, *parameters], grad_out.to(out.dtype), allow_unused=True)
-    for parameter, gradient in zip(parameters, found[1:], strict=True):
+    found = torch.autograd.grad(out, [leaf, *needed], grad_out.to(out.dtype), allow_unused=True)
+    for wanted, gradient in zip(needed, found[1:], strict=True):
         if gradient is not None:
-            previous = gradients.get(parameter)
-            gradients[parameter] = gradient if previous is None else previous + gradient
+            previous = gradients.get(wanted)
+            gradients[wanted] = gradient if previous is None else previous + gradient
     through = found[0]
     assert through is not None
     return out.detach(), through

@@ -111,10 +111,10 @@ def hash_vectors(x_BHTD: Tensor, rotations: tuple[Tensor, ...]) -> Tensor:
                 # [B, H, t, D] @ [H, D, R * n/2] as one matrix product per head.
                 flat = rotation.reshape(rotation.shape[0], rotation.shape[1], num_hashes * half)
                 projected = torch.matmul(piece, flat).unflatten(-1, (num_hashes, half)).transpose(2, 3)
-                # The argmax of [p ; -p] without forming the concatenation; the first half wins ties.
-                highest, highest_index = projected.max(dim=-1)
-                lowest, lowest_index = projected.min(dim=-1)
-                bucket = torch.where(highest >= -lowest, highest_index, lowest_index + half)
+                # The argmax of [p ; -p], in one search: the largest magnitude and its sign.
+                largest = projected.abs().argmax(dim=-1)
+                negative = projected.gather(-1, largest.unsqueeze(-1)).squeeze(-1) < 0
+                bucket = largest + half * negative
                 combined = bucket if combined is None else combined * (2 * half) + bucket
             assert combined is not None
             buckets[..., begin : begin + step] = combined

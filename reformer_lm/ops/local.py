@@ -19,6 +19,7 @@ def local_attention(
     self_bias: float = 0.0,
     dropout_p: float = 0.0,
     mask_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the last ``window`` tokens.
 
@@ -33,6 +34,7 @@ def local_attention(
         dropout_p: probability of dropping an attention weight.
         mask_BT: optional bool [B, T], True where a token may be attended to; a token with nothing to attend to
             attends to itself.
+        documents_BT: optional integers [B, T], the same within a document; tokens see their own document only.
 
     Returns:
         [B, H, T, D_v].
@@ -50,6 +52,9 @@ def local_attention(
     if mask_BT is not None:
         keys_allowed = pad(mask_BT, (0, padding), value=False)
         keys_allowed = keys_allowed.unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
+    documents: Tensor | None = None
+    if documents_BT is not None:
+        documents = pad(documents_BT, (0, padding), value=-1).unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
 
     # The first block has no block before it.
     first = _attend(
@@ -59,6 +64,7 @@ def local_attention(
         allowed[:, window:],
         bias[:, window:],
         None if keys_allowed is None else keys_allowed[:, None, :window],
+        None if documents is None else documents[:, None, :window],
         dropout_p,
         scale,
     )
@@ -68,7 +74,8 @@ def local_attention(
         # [n, blocks - 1, 2W, D]: each block's keys with those of the block before it, an overlapping view.
         k_pairs, v_pairs = (x.unfold(1, 2 * window, window).transpose(-1, -2) for x in (k, v))
         keys_pairs = None if keys_allowed is None else keys_allowed.unfold(1, 2 * window, window)
-        rest = _attend(q_blocks[:, 1:], k_pairs, v_pairs, allowed, bias, keys_pairs, dropout_p, scale)
+        document_pairs = None if documents is None else documents.unfold(1, 2 * window, window)
+        rest = _attend(q_blocks[:, 1:], k_pairs, v_pairs, allowed, bias, keys_pairs, document_pairs, dropout_p, scale)
         out = torch.cat((first, rest), dim=1)
     return out.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads))
 
@@ -92,6 +99,7 @@ def _attend(
     allowed: Tensor,
     bias: Tensor,
     keys_allowed: Tensor | None,
+    documents: Tensor | None,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
@@ -102,6 +110,10 @@ def _attend(
         own = torch.arange(full.shape[0], device=q.device).unsqueeze(1) + width - full.shape[0]
         itself = torch.arange(width, device=q.device) == own
         full = torch.where(keys_allowed.unsqueeze(2) | itself, full, -math.inf)
-    else:
+    if documents is not None:
+        # The block's own tokens are the last of its keys.
+        same = documents[..., -full.shape[-2] :].unsqueeze(-1) == documents.unsqueeze(-2)
+        full = full.masked_fill(~same, -math.inf)
+    if full.dim() == 2:
         full = full.expand(1, 1, -1, -1)
     return scaled_dot_product_attention(q, k, v, attn_mask=full, dropout_p=dropout_p, scale=scale)

@@ -7,8 +7,7 @@ before it that share its bucket:
 
 These are the most recent earlier tokens with the same hash. No later token can change that set, so the output at t
 is a function of the tokens up to t alone, in values *and* in structure. The rounds are merged exactly: one softmax
-over the union of their keys, a key met in two rounds counting twice. A token that finds nothing in any round attends
-to itself.
+over the union of their keys. A token that finds nothing in any round attends to itself.
 
 Source: Kitaev et al. 2020 (arXiv 2001.04451), section 2; the contiguous causal window replaces the paper's chunks
 of the sorted order, whose boundaries later tokens can move.
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor
 
 from reformer_lm.ops.hashing import sort_by_bucket
-from reformer_lm.ops.keys import KeyNorm, shift_values
+from reformer_lm.ops.keys import KeyNorm, normalize_keys, shift_values
 from reformer_lm.ops.lsh_reference import lsh_attention_reference
 from reformer_lm.ops.lsh_torch import lsh_attention_torch
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "torch"]
+Backend = Literal["auto", "reference", "torch", "flex"]
 
 
 def lsh_attention(
@@ -41,6 +40,9 @@ def lsh_attention(
     key_norm: KeyNorm = "rms",
     num_shifted_heads: int = 0,
     dropout_p: float = 0.0,
+    allow_duplicates: bool = True,
+    documents_BT: Tensor | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Exactly causal LSH attention with shared queries and keys.
@@ -55,20 +57,39 @@ def lsh_attention(
             themselves; with no match in any round their output is 0.
         dropout_p: probability of dropping an attention weight (0 in evaluation). Its mask is drawn from a seed
             taken from the global random state once per call.
-        backend: "torch" (any device), "reference" (the oracle, slow), or "auto", which picks by device.
+        allow_duplicates: whether a key met in several rounds counts once for each of them (the peers' default), or
+            once only (the N_ij of Kitaev et al. 2020, section 2).
+        documents_BT: optional integers [B, T], the same within a document; tokens see their own document only. A
+            document's tokens must stand together.
+        memory: optional shared vectors [H, M, D] and values [H, M, D_v] that every token sees besides its matches; no
+            token then attends to itself.
+        backend: "torch" (any device), "flex" (CUDA; no dropout, no memory, duplicates counted), "reference" (the
+            oracle, slow; no dropout), or "auto": flex where it can run, else torch, which a debug log says.
 
     Returns:
         [B, H, T, D_v] in the dtype of ``v_BHTD``.
 
     Raises:
-        ValueError: shapes that do not fit, ``window`` < 1, an unknown backend, or dropout with "reference".
+        ValueError: shapes that do not fit, ``window`` < 1, an unknown backend, or one named that cannot run.
     """
     _check_shapes(qk_BHTD, v_BHTD, buckets_BHRT, window, num_shifted_heads)
+    _check_extras(qk_BHTD, v_BHTD, documents_BT, memory)
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend == "auto":
-        backend = "torch"
-        logger.debug("lsh_attention: backend %s on %s", backend, qk_BHTD.device.type)
+    if backend in ("auto", "flex"):
+        obstacle = _flex_obstacle(qk_BHTD, v_BHTD, dropout_p, allow_duplicates, memory)
+        if backend == "flex" and obstacle is not None:
+            raise ValueError(f'backend="flex" {obstacle}: use backend="auto" or "torch"')
+        if backend == "auto":
+            backend = "flex" if obstacle is None else "torch"
+            logger.debug("lsh_attention on %s: backend %s%s", qk_BHTD.device.type, backend,
+                         f", since flex {obstacle}" if obstacle else "")  # fmt: skip
+    if documents_BT is not None:
+        # Sorted by (document, bucket): what lies in another document is another bucket.
+        width = int(buckets_BHRT.max()) + 1 if buckets_BHRT.numel() else 1
+        buckets_BHRT = buckets_BHRT + documents_BT.long()[:, None, None] * width
+    if memory is not None:
+        memory = (normalize_keys(memory[0], key_norm), memory[1])
     if backend == "reference":
         if dropout_p:
             raise ValueError('backend="reference" has no dropout: use backend="torch"')
@@ -79,27 +100,52 @@ def lsh_attention(
             window=window,
             key_norm=key_norm,
             num_shifted_heads=num_shifted_heads,
+            allow_duplicates=allow_duplicates,
+            memory=memory,
         )
     order = sort_by_bucket(buckets_BHRT)
-    # Whether a place has an earlier one of its bucket, per round.
-    places = torch.arange(order.start.shape[-1], device=order.start.device)
-    has_match = order.start < places
-    out = lsh_attention_torch(
-        qk_BHTD,
-        shift_values(v_BHTD, num_shifted_heads),
-        order,
-        has_match,
-        window=window,
-        key_norm=key_norm,
-        dropout_p=dropout_p,
-    )
+    values = shift_values(v_BHTD, num_shifted_heads)
+    if backend == "flex":
+        from reformer_lm.ops.lsh_flex import lsh_attention_flex
+
+        out = lsh_attention_flex(qk_BHTD, values, order, window=window, key_norm=key_norm)
+    else:
+        out = lsh_attention_torch(
+            qk_BHTD,
+            values,
+            order,
+            window=window,
+            key_norm=key_norm,
+            dropout_p=dropout_p,
+            allow_duplicates=allow_duplicates,
+            memory=memory,
+        )
+    if memory is not None:
+        return out
     # Without a match in any round a token reads itself; a head that reads what followed a match reads nothing.
-    matched = has_match.gather(-1, order.inverse).any(dim=-2).unsqueeze(-1)
+    places = torch.arange(order.start.shape[-1], device=order.start.device)
+    matched = (order.start < places).gather(-1, order.inverse).any(dim=-2).unsqueeze(-1)
     own = v_BHTD
     if num_shifted_heads:
         plain = torch.arange(v_BHTD.shape[1], device=v_BHTD.device) < v_BHTD.shape[1] - num_shifted_heads
         own = v_BHTD * plain.view(1, -1, 1, 1)
     return torch.where(matched, out, own)
+
+
+def _flex_obstacle(
+    qk: Tensor, v: Tensor, dropout_p: float, allow_duplicates: bool, memory: tuple[Tensor, Tensor] | None
+) -> str | None:
+    """Why the flex backend cannot do this call, or None."""
+    if qk.device.type != "cuda":
+        # Said here too, so that a CPU never loads FlexAttention.
+        return f"needs tensors on a CUDA device, and these are on {qk.device.type}"
+    if not allow_duplicates:
+        return "counts a key once for each round"
+    if memory is not None:
+        return "has no memory"
+    from reformer_lm.ops.lsh_flex import flex_obstacle
+
+    return flex_obstacle(qk, v, dropout_p)
 
 
 def _check_shapes(qk: Tensor, v: Tensor, buckets: Tensor, window: int, num_shifted_heads: int) -> None:
@@ -118,3 +164,19 @@ def _check_shapes(qk: Tensor, v: Tensor, buckets: Tensor, window: int, num_shift
         raise ValueError(f"window must be at least 1, got {window}")
     if not 0 <= num_shifted_heads <= heads:
         raise ValueError(f"num_shifted_heads must lie between 0 and the {heads} heads, got {num_shifted_heads}")
+
+
+def _check_extras(qk: Tensor, v: Tensor, documents: Tensor | None, memory: tuple[Tensor, Tensor] | None) -> None:
+    batch, heads, tokens, dim = qk.shape
+    if documents is not None and (documents.shape != (batch, tokens) or documents.is_floating_point()):
+        raise ValueError(
+            f"documents must be integers {(batch, tokens)}, got {tuple(documents.shape)} of {documents.dtype}"
+        )
+    if memory is not None:
+        count = memory[0].shape[1] if memory[0].dim() == 3 else 0
+        expected = (heads, count, dim), (heads, count, v.shape[-1])
+        if count < 1 or tuple(m.shape for m in memory) != expected:
+            raise ValueError(
+                f"memory must be vectors [H, M, D] and values [H, M, D_v] with H={heads}, M >= 1, D={dim}, "
+                f"D_v={v.shape[-1]}, got {tuple(memory[0].shape)} and {tuple(memory[1].shape)}"
+            )

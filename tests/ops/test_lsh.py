@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reformer_lm.ops import lsh_torch
+from reformer_lm.ops import lsh_blocks, lsh_slice, lsh_torch
 from reformer_lm.ops.hashing import hash_vectors, sample_rotations
 from reformer_lm.ops.lsh import lsh_attention
 
@@ -34,8 +34,9 @@ def make_inputs(
 def outputs_and_gradients(qk: Tensor, v: Tensor, buckets: Tensor, **options: object) -> tuple[Tensor, ...]:
     out = lsh_attention(qk, v, buckets, **options)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).sin()
+    inputs = (qk, v, *options.get("memory", ()))
     # The added nothing makes gradients 0 that would be missing, as those of the query of a token without matches.
-    return out, *torch.autograd.grad(out + 0.0 * (qk.sum() + v.sum()), (qk, v), weights)
+    return out, *torch.autograd.grad(out + 0.0 * sum(x.sum() for x in inputs), inputs, weights)
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,7 +50,11 @@ def outputs_and_gradients(qk: Tensor, v: Tensor, buckets: Tensor, **options: obj
     buckets=st.sampled_from([2, 4, 10]),
     key_norm=st.sampled_from(["rms", "unit"]),
     shifted=st.integers(0, 3),
-    flash=st.booleans(),
+    block=st.sampled_from([1, 4, 64]),
+    group=st.sampled_from([1, 1 << 19]),
+    duplicates=st.booleans(),
+    documents=st.integers(1, 4),
+    memory=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
 def test_torch_backend_equals_the_reference(
@@ -62,17 +67,31 @@ def test_torch_backend_equals_the_reference(
     buckets: int,
     key_norm: str,
     shifted: int,
-    flash: bool,
+    block: int,
+    group: int,
+    duplicates: bool,
+    documents: int,
+    memory: int,
     seed: int,
 ) -> None:
     if tokens > 100:
         batch, heads, rounds = 1, 1, min(rounds, 2)
     inputs = make_inputs(batch, heads, tokens, dim, rounds, buckets, seed)
     options = {"window": window, "key_norm": key_norm, "num_shifted_heads": min(shifted, heads)}
+    options["allow_duplicates"] = duplicates
+    generator = torch.Generator().manual_seed(seed)
+    if documents > 1:
+        cuts = torch.randint(0, documents, (batch, tokens), generator=generator)
+        options["documents_BT"] = cuts.sort(dim=1).values
+    if memory:
+        sizes = (heads, memory, dim)
+        options["memory"] = tuple(
+            torch.randn(sizes, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
+        )
     expected = outputs_and_gradients(*inputs, **options, backend="reference")
     with pytest.MonkeyPatch.context() as patch:
-        if not flash:
-            patch.setattr(lsh_torch, "_FLASH", None)
+        patch.setattr(lsh_blocks, "QUERIES_PER_BLOCK", block)
+        patch.setitem(lsh_slice._LOGIT_ELEMENTS, "cpu", group)
         actual = outputs_and_gradients(*inputs, **options, backend="torch")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, **TIGHT)
@@ -140,12 +159,7 @@ def test_dropout_keeps_the_mean_and_differs_between_calls() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("flash", [True, False])
-def test_lower_precision_stays_close_to_float64(
-    dtype: torch.dtype, flash: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not flash:
-        monkeypatch.setattr(lsh_torch, "_FLASH", None)
+def test_lower_precision_stays_close_to_float64(dtype: torch.dtype) -> None:
     qk, v, buckets = make_inputs(1, 2, 150, 16, 3, 4, seed=6)
     expected = outputs_and_gradients(qk, v, buckets, window=16, num_shifted_heads=1)
     low = [x.detach().to(dtype).requires_grad_() for x in (qk, v)]
@@ -183,6 +197,13 @@ def test_non_contiguous_inputs() -> None:
     torch.testing.assert_close(lsh_attention(*strided, buckets, window=8), expected, **TIGHT)
 
 
+def test_the_chosen_backend_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    qk, v, buckets = make_inputs(1, 2, 8, 4, 2, 2, seed=0)
+    with caplog.at_level("DEBUG", logger="reformer_lm.ops.lsh"):
+        lsh_attention(qk, v, buckets, window=4)
+    assert "lsh_attention on cpu: backend torch, since flex needs tensors on a CUDA device" in caplog.text
+
+
 def test_wrong_arguments_are_named() -> None:
     qk, v, buckets = make_inputs(1, 2, 8, 4, 2, 2, seed=0)
     with pytest.raises(ValueError, match="window must be at least 1"):
@@ -195,5 +216,11 @@ def test_wrong_arguments_are_named() -> None:
         lsh_attention(qk[0], v, buckets, window=4)
     with pytest.raises(ValueError, match="num_shifted_heads"):
         lsh_attention(qk, v, buckets, window=4, num_shifted_heads=3)
+    with pytest.raises(ValueError, match="documents must be integers"):
+        lsh_attention(qk, v, buckets, window=4, documents_BT=torch.zeros(1, 7, dtype=torch.long))
+    with pytest.raises(ValueError, match="memory must be vectors"):
+        lsh_attention(qk, v, buckets, window=4, memory=(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)))
+    with pytest.raises(ValueError, match='backend="flex" needs tensors on a CUDA device'):
+        lsh_attention(qk, v, buckets, window=4, backend="flex")
     with pytest.raises(ValueError, match="no dropout"):
         lsh_attention(qk, v, buckets, window=4, dropout_p=0.1, backend="reference")

@@ -40,7 +40,15 @@ _SAME_MEANING = {
     "full_attn_thres": "full_attention_threshold",
     "reverse_thres": "reversible_threshold",
     "n_local_attn_heads": "num_local_heads",
+    "num_mem_kv": "num_mem_kv",
+    "lsh_attend_across_buckets": "attend_across_buckets",
+    "lsh_allow_duplicate_attention": "allow_duplicate_attention",
     "axial_position_shape": "axial_shape",
+}
+# Options of their Reformer that ReformerLM has no argument for -> the attribute of LSHAttention.
+_SET_BY_HAND = {
+    "lsh_attend_across_buckets": "_attend_across_buckets",
+    "lsh_allow_duplicate_attention": "_allow_duplicate_attention",
 }
 _POSITIONS = {
     "axial_position_emb": "axial",
@@ -61,7 +69,10 @@ _ACTIVATIONS = {
 
 
 def translate_options(options: dict[str, Any]) -> ReformerLMConfig:
-    """Our configuration of the model that ReformerLM(**options) is; KeyError on an option without counterpart."""
+    """Our configuration of the model that ReformerLM(**options) is; KeyError on an option without counterpart.
+
+    Besides those of ReformerLM, ``options`` may hold the ones of _SET_BY_HAND.
+    """
     options = dict(options)
     assert options.pop("causal")
     length = options["max_seq_len"]
@@ -87,7 +98,8 @@ def translate_options(options: dict[str, Any]) -> ReformerLMConfig:
     if options.pop("use_rezero", False):
         fields["norm_type"] = "rezero"
     if options.pop("use_full_attn", False):
-        fields["full_attention_threshold"] = length
+        # Beyond any length, memory and context included.
+        fields["full_attention_threshold"] = 1_000_000
     options.pop("random_rotations_per_head", None)
     activation = options.pop("ff_activation", None)
     fields["ff_activation"] = _ACTIVATIONS[activation and activation.__name__, options.pop("ff_glu", False)]
@@ -103,7 +115,8 @@ def parameter_pairs(peer: nn.Module, ours: nn.Module) -> dict[str, tuple[nn.Para
     mine = dict(ours.named_parameters())
     pairs = {_our_name(name): parameter for name, parameter in theirs.items()}
     assert pairs.keys() == mine.keys()
-    assert all(parameter.shape == mine[name].shape for name, parameter in pairs.items())
+    # Their memory has a batch dimension of 1.
+    assert all(parameter.shape in {p.shape, (1, *p.shape)} for p, parameter in ((mine[n], pairs[n]) for n in pairs))
     return {name: (pairs[name], mine[name]) for name in mine}
 
 
@@ -121,6 +134,7 @@ def _our_name(theirs: str) -> str:
         ("toqk.", "query_key."),
         ("tov.", "value."),
         ("to_out.", "output."),
+        ("mem_kv", "memory"),
         ("w1.", "inner."),
         ("w2.", "output."),
     ):
@@ -143,7 +157,7 @@ def _our_name(theirs: str) -> str:
 def copy_weights(peer: nn.Module, ours: nn.Module) -> None:
     """Makes our parameters equal to theirs."""
     for theirs, mine in parameter_pairs(peer, ours).values():
-        mine.copy_(theirs)
+        mine.copy_(theirs.view_as(mine))
 
 
 @pytest.fixture
@@ -186,6 +200,15 @@ def recorder(peer: ModuleType) -> Iterator[RecordingTorch]:
 
 
 @pytest.fixture
+def double_by_default() -> Iterator[None]:
+    """Numbers of no stated type are float64: the peer counts duplicates in the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def set_rotations(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor], None]:
     """Gives one of our LSHSelfAttention modules the peer's rotations."""
 
@@ -203,18 +226,23 @@ def set_rotations(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tenso
 def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForCausalLM]]:
     """A ReformerLM and our model with the same weights, both in float64 and in training mode.
 
-    Called with options of ReformerLM, which change PEER_DEFAULTS.
+    Called with options of ReformerLM or of _SET_BY_HAND, which change PEER_DEFAULTS.
     """
 
     def make(**options: Any) -> tuple[nn.Module, ReformerLMForCausalLM]:
         options = PEER_DEFAULTS | options
         torch.manual_seed(0)
-        theirs = peer.ReformerLM(**options).double()
+        arguments = {name: value for name, value in options.items() if name not in _SET_BY_HAND}
+        theirs = peer.ReformerLM(**arguments).double()
         with torch.no_grad():
             # Nothing may stay 0 or 1, as ReZero's factors do at first: an unused or misplaced weight would not show.
             for parameter in theirs.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for module in theirs.modules():
+            if isinstance(module, peer.LSHAttention):
+                for name in _SET_BY_HAND.keys() & options.keys():
+                    assert hasattr(module, _SET_BY_HAND[name])
+                    setattr(module, _SET_BY_HAND[name], options[name])
             if isinstance(module, peer.FixedPositionalEmbedding):
                 # They round the frequencies to float32, which would hide errors below 1e-6.
                 exponent = torch.arange(0, 2 * len(module.inv_freq), 2, dtype=torch.float64)

@@ -44,7 +44,7 @@ def assert_same(actual: Tensor, expected: Tensor, inputs: list[Tensor], counts: 
         torch.testing.assert_close(one, other, **TIGHT)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -54,12 +54,15 @@ def assert_same(actual: Tensor, expected: Tensor, inputs: list[Tensor], counts: 
     pairs_of_chunks=st.integers(1, 4),
     causal=st.booleans(),
     across=st.booleans(),
-    masked=st.booleans(),
+    duplicates=st.booleans(),
+    extras=st.integers(0, 12),
+    masks=st.sets(st.sampled_from(["padding", "attention"])),
     seed=st.integers(0, 2**31),
 )
 def test_lsh_attention(
     peer: ModuleType,
     recorder: Any,
+    double_by_default: None,
     batch: int,
     heads: int,
     dim: int,
@@ -68,20 +71,31 @@ def test_lsh_attention(
     pairs_of_chunks: int,
     causal: bool,
     across: bool,
-    masked: bool,
+    duplicates: bool,
+    extras: int,
+    masks: set[str],
     seed: int,
 ) -> None:
     tokens = 2 * bucket_size * pairs_of_chunks
+    # Learned memory and a context stand behind the sequence's own tokens.
+    own = max(1, tokens - extras)
     qk, v = random_inputs(batch, heads, tokens, dim, seed)
-    mask = random_mask(batch, tokens, seed) if masked else None
+    mask = random_mask(batch, tokens, seed) if "padding" in masks else None
+    attention_mask = random_mask(batch * own, own, seed + 1).view(batch, own, own) if "attention" in masks else None
     theirs = peer.LSHAttention(
-        bucket_size=bucket_size, n_hashes=rounds, causal=causal, attend_across_buckets=across
+        bucket_size=bucket_size,
+        n_hashes=rounds,
+        causal=causal,
+        attend_across_buckets=across,
+        allow_duplicate_attention=duplicates,
     ).double()
     torch.manual_seed(seed)
     expected, _, their_buckets = theirs(
         qk.flatten(0, 1),
         v.flatten(0, 1),
+        query_len=own,
         input_mask=None if mask is None else mask.repeat_interleave(heads, dim=0),
+        input_attn_mask=None if attention_mask is None else attention_mask.repeat_interleave(heads, dim=0),
     )
     (rotations,) = recorder.take()
     buckets = hash_vectors(qk, (rotations,))
@@ -97,7 +111,10 @@ def test_lsh_attention(
         key_norm="unit",
         causal=causal,
         attend_across_buckets=across,
+        allow_duplicates=duplicates,
         mask_BT=mask,
+        attention_mask_BTT=attention_mask,
+        num_queries=own,
     )
     # Masked positions too: what they become decides where the next layer sorts them.
     assert_same(actual, expected.view_as(actual), [qk, v])
@@ -142,16 +159,42 @@ def test_rotations_of_each_head(peer: ModuleType, recorder: Any, heads: int) -> 
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 17, 40])
-@pytest.mark.parametrize("masked", [False, True])
-def test_full_attention(peer: ModuleType, tokens: int, masked: bool) -> None:
-    qk, v = random_inputs(2, 3, tokens, 5, tokens)
-    mask = random_mask(2, tokens, 7) if masked else None
-    expected, _, _ = peer.FullQKAttention(causal=True)(
-        qk.flatten(0, 1), v.flatten(0, 1), input_mask=None if mask is None else mask.repeat_interleave(3, dim=0)
+@pytest.mark.parametrize("extras", [0, 1, 5, 50])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masks", [(), ("padding",), ("attention",), ("padding", "attention")], ids=str)
+def test_full_attention(peer: ModuleType, tokens: int, extras: int, causal: bool, masks: tuple[str, ...]) -> None:
+    qk, v = random_inputs(2, 3, tokens + extras, 5, tokens)
+    mask = random_mask(2, tokens + extras, 7) if "padding" in masks else None
+    attention_mask = random_mask(2 * tokens, tokens, 8).view(2, tokens, tokens) if "attention" in masks else None
+    expected, _, _ = peer.FullQKAttention(causal=causal)(
+        qk.flatten(0, 1),
+        v.flatten(0, 1),
+        query_len=tokens,
+        input_mask=None if mask is None else mask.repeat_interleave(3, dim=0),
+        input_attn_mask=None if attention_mask is None else attention_mask.repeat_interleave(3, dim=0),
+    )
+    # Where a token sees nothing at all, not even itself, theirs is the mean of everything; ours reads itself.
+    sees = torch.ones(2, tokens, tokens + extras, dtype=torch.bool)
+    if causal:
+        sees[:, :, :tokens] = sees[:, :, :tokens].tril()
+    if attention_mask is not None:
+        sees[:, :, :tokens] &= attention_mask
+    if mask is not None:
+        sees &= mask[:, :tokens, None] & mask[:, None, :]
+    counts = sees.any(dim=-1)
+    assert counts.any() or tokens == 1
+    actual = shared_qk_attention(
+        qk[:, :, :tokens],
+        v[:, :, :tokens],
+        key_norm="unit",
+        causal=causal,
+        mask_BT=None if mask is None else mask[:, :tokens],
+        attention_mask_BTT=attention_mask,
+        extra=(qk[:, :, tokens:], v[:, :, tokens:]),
+        extra_mask_BE=None if mask is None else mask[:, tokens:],
     )
     # The added nothing makes the gradient 0, not missing, where one token reads itself whatever its query.
-    actual = shared_qk_attention(qk, v, key_norm="unit", mask_BT=mask) + 0.0 * qk.sum()
-    assert_same(actual, expected.view_as(actual), [qk, v], mask)
+    assert_same(actual + 0.0 * qk.sum(), expected.view_as(actual), [qk, v], counts)
 
 
 def make_attention_pair(
@@ -178,6 +221,9 @@ def make_attention_pair(
         local_keys="shared",
         local_rotary=False,
         num_shifted_heads=0,
+        num_mem_kv=options.get("num_mem_kv", 0),
+        attend_across_buckets=options.get("attend_across_buckets", True),
+        allow_duplicate_attention=options.get("allow_duplicate_attention", True),
     )
     ours = LSHSelfAttention(config, 0).double()
     copy(theirs, ours)
@@ -220,6 +266,75 @@ def test_self_attention_of_short_sequences_is_full(
     actual, buckets = ours(x, SequenceInfo(torch.arange(tokens).unsqueeze(0), mask))
     assert buckets is None
     assert_same_module((theirs, ours), (expected, actual), TIGHT, x, mask)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_mem_kv": 6},
+        {"num_mem_kv": 2, "n_local_attn_heads": 2},
+        {"num_mem_kv": 2, "allow_duplicate_attention": False},
+        {"num_mem_kv": 2, "allow_duplicate_attention": False, "attend_across_buckets": False},
+        {"num_mem_kv": 0, "attend_across_buckets": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masks", [(), ("padding",), ("context",), ("padding", "context", "attention")], ids=str)
+def test_self_attention_with_memory_and_context(
+    peer: ModuleType,
+    recorder: Any,
+    copy: Any,
+    assert_same_module: Any,
+    set_rotations: Any,
+    double_by_default: None,
+    options: dict[str, Any],
+    masks: tuple[str, ...],
+    full: bool,
+) -> None:
+    theirs, ours = make_attention_pair(peer, copy, full_attn_thres=100 if full else 0, **options)
+    x = torch.randn(2, 18, 9).requires_grad_()
+    # As many as fill the last pair of chunks.
+    length = 12 - options["num_mem_kv"]
+    mask = random_mask(2, 18, 5) if "padding" in masks else None
+    context_mask = random_mask(2, length, 6) if "context" in masks else None
+    attention_mask = random_mask(36, 18, 7).view(2, 18, 18) if "attention" in masks else None
+
+    def context() -> Tensor:
+        # Made of the input, so that its gradient is checked with it.
+        return x[:, :length].flip(1).square()
+
+    expected = theirs(x, keys=context(), input_mask=mask, context_mask=context_mask, input_attn_mask=attention_mask)
+    rotations = recorder.take()
+    assert len(rotations) == (0 if full else 1)
+    for drawn in rotations:
+        set_rotations(ours, drawn)
+    info = SequenceInfo(
+        torch.arange(18).unsqueeze(0),
+        mask=mask,
+        attention_mask=attention_mask,
+        context=context(),
+        context_mask=context_mask,
+    )
+    actual, _ = ours(x, info)
+    assert_same_module((theirs, ours), (expected, actual), TIGHT, x, mask)
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_duplicates_count_once(peer: ModuleType, recorder: Any, double_by_default: None, across: bool) -> None:
+    # One bucket in every round: each pair of a chunk and the one before it is met three times.
+    qk, v = random_inputs(1, 1, 16, 4, 0)
+    theirs = peer.LSHAttention(
+        bucket_size=8, n_hashes=3, causal=True, attend_across_buckets=across, allow_duplicate_attention=False
+    )
+    expected, _, _ = theirs(qk[0], v[0])
+    buckets = hash_vectors(qk, tuple(recorder.take()))
+    outs = [
+        chunked_lsh_attention(qk, v, buckets, chunk_size=8, attend_across_buckets=across, allow_duplicates=allowed)
+        for allowed in (False, True)
+    ]
+    assert_same(outs[0], expected.view_as(outs[0]), [qk, v])
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 7, 31])

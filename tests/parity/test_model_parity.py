@@ -33,6 +33,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full attention and local heads": {"use_full_attn": True, "n_local_attn_heads": 1},
     "plain autograd up to 24": {"reverse_thres": 24},
     "one round": {"n_hashes": 1, "depth": 1},
+    "memory": {"num_mem_kv": 8},
+    "memory and local heads": {"num_mem_kv": 8, "n_local_attn_heads": 2, "axial_position_emb": True},
+    "memory, full attention": {"num_mem_kv": 3, "use_full_attn": True, "fixed_position_emb": True},
+    "memory, full attention up to 24": {"num_mem_kv": 8, "full_attn_thres": 24},
+    "own buckets only": {"lsh_attend_across_buckets": False},
+    "duplicates once": {"lsh_allow_duplicate_attention": False},
+    "duplicates once, own buckets only": {
+        "lsh_allow_duplicate_attention": False, "lsh_attend_across_buckets": False, "num_mem_kv": 16,
+        "axial_position_emb": True,
+    },
     "everything": {
         "emb_dim": 8, "axial_position_emb": True, "use_scale_norm": True, "ff_glu": True, "n_local_attn_heads": 1,
         "full_attn_thres": 8, "reverse_thres": 16, "n_hashes": 4, "bucket_size": 2,
@@ -55,13 +65,20 @@ def give_rotations(ours: nn.Module, rotations: list[Tensor], set_rotations: Any)
 @pytest.mark.parametrize("tokens", [8, 16, 24, 48])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_logits_and_gradients(
-    make_pair: Any, recorder: Any, set_rotations: Any, assert_same_module: Any, options: dict[str, Any], tokens: int
+    make_pair: Any,
+    recorder: Any,
+    set_rotations: Any,
+    assert_same_module: Any,
+    double_by_default: None,
+    options: dict[str, Any],
+    tokens: int,
 ) -> None:
     theirs, ours = make_pair(**options)
     x = random_tokens(2, tokens)
     expected = theirs(x)
     rotations = recorder.take()
-    full = options.get("use_full_attn") or tokens <= options.get("full_attn_thres", 0)
+    # Their threshold counts the memory.
+    full = options.get("use_full_attn") or tokens + options.get("num_mem_kv", 0) <= options.get("full_attn_thres", 0)
     assert len(rotations) == (0 if full else len(ours.reformer.stack.layers))
     give_rotations(ours, rotations, set_rotations)
     assert_same_module((theirs, ours), (expected, ours(x).logits), TIGHT)
@@ -124,6 +141,30 @@ def test_uneven_rows_with_lsh_attention(
     expected = theirs(x, input_mask=mask)
     give_rotations(ours, recorder.take(), set_rotations)
     assert_same_module((theirs, ours), (expected, ours(x, attention_mask=mask).logits), TIGHT, counts=mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_full_attn": True, "n_local_attn_heads": 1}], ids=["lsh", "full"])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_context_and_attention_mask(
+    make_pair: Any,
+    recorder: Any,
+    set_rotations: Any,
+    assert_same_module: Any,
+    options: dict[str, Any],
+    reversible: bool,
+) -> None:
+    theirs, ours = make_pair(num_mem_kv=4, reverse_thres=0 if reversible else 48, **options)
+    x = random_tokens(2, 24)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "keys": torch.randn(2, 12, 10, dtype=torch.float64, generator=generator),
+        "context_mask": torch.rand(2, 12, generator=generator) < 0.6,
+        # A token may always see itself: theirs makes the mean of everything of a token that sees nothing.
+        "input_attn_mask": (torch.rand(2, 24, 24, generator=generator) < 0.6) | torch.eye(24, dtype=torch.bool),
+    }
+    expected = theirs(x, **given)
+    give_rotations(ours, recorder.take(), set_rotations)
+    assert_same_module((theirs, ours), (expected, ours(x, **given).logits), TIGHT)
 
 
 def test_rotations_of_each_head(make_pair: Any, recorder: Any, set_rotations: Any, assert_same_module: Any) -> None:
