@@ -7,6 +7,7 @@ overlapping view of the gathered tensor. What a block sees of the row before its
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -18,12 +19,12 @@ from reformer_lm.ops.keys import SELF_ATTENTION_BIAS
 # Queries in a block: fewer waste less on masked keys, more make larger matrix products.
 QUERIES_PER_BLOCK = 64
 
-# A logsumexp (base e) below this says that a token met only itself.
+# A logsumexp (base 2, like the logits) below this says that a token met only itself.
 NO_MATCH = SELF_ATTENTION_BIAS / 2
 
 
-# Widest block of keys whose masks are made by copying rows of a table of about this size squared.
-_LARGEST_TABLE = 512
+# Most elements of a table of masks that is worth keeping; see `_mask_table`.
+_LARGEST_TABLE = 1 << 22
 
 
 class SortedRound:
@@ -141,26 +142,22 @@ class BlockGroup:
     def bias(self, dtype: torch.dtype) -> Tensor:
         """What is added to the logits, in base 2: [c, Q, K].
 
-        0 where allowed; -5e4 log2 e on the token itself, which keeps a row without a match finite and is exactly 0
+        0 where allowed; -5e4 on the token itself, which keeps a row without a match finite and is exactly 0
         after the softmax in any other; -inf elsewhere.
         """
         q, k, window = self.queries_per_block, self.keys_per_block, self.window
         device = self.index.device
-        column = torch.arange(k, device=device)
-        own = torch.arange(window, k, device=device).unsqueeze(1)
-        shape = torch.zeros(q, k, dtype=dtype, device=device)
-        shape.masked_fill_(column == own, SELF_ATTENTION_BIAS * math.log2(math.e)).masked_fill_(column > own, -math.inf)
         block = torch.arange(self.begin, self.begin + self.count, device=device)
         # Column 0 of a block's keys stands W places before its first query.
         first_place = (block % self.round.blocks_per_row * q - window).unsqueeze(1)
         lowest = self.round.lowest[self.places].view(self.count, q) - first_place
-        if k <= _LARGEST_TABLE:
-            # Copying rows of a small table is faster than comparing every column.
-            table = torch.zeros(k + 1, k, dtype=dtype, device=device)
-            table.masked_fill_(column < torch.arange(k + 1, device=device).unsqueeze(1), -math.inf)
-            bias = table.index_select(0, lowest.flatten()).view(-1, q, k).add_(shape)
+        if q * (k + 1) * k <= _LARGEST_TABLE:
+            # Copying rows of a table is several times faster than comparing every column.
+            row = lowest + torch.arange(0, q * (k + 1), k + 1, device=device)
+            bias = _mask_table(window, q, dtype, device).index_select(0, row.flatten()).view(-1, q, k)
         else:
-            bias = torch.where(column < lowest.unsqueeze(-1), -math.inf, shape)
+            columns = torch.arange(k, device=device)
+            bias = torch.where(columns < lowest.unsqueeze(-1), -math.inf, _triangle(window, q, dtype, device))
         for other in self.round.earlier:
             bias.masked_fill_(self._given_by(other), -math.inf)
         return bias
@@ -172,3 +169,22 @@ class BlockGroup:
         own, first = self.of_queries(place).unsqueeze(-1), self.of_queries(lowest).unsqueeze(-1)
         # Strictly before: the token itself is masked by its own rule.
         return (keys >= first) & (keys < own)
+
+
+def _triangle(window: int, queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The part of the bias that is the same in every block, [Q, K]: no later token, and itself only if need be."""
+    column = torch.arange(window + queries, device=device)
+    own = torch.arange(window, window + queries, device=device).unsqueeze(1)
+    bias = torch.zeros(queries, window + queries, dtype=dtype, device=device)
+    bias.masked_fill_(column == own, SELF_ATTENTION_BIAS)
+    return bias.masked_fill_(column > own, -math.inf)
+
+
+@functools.lru_cache(maxsize=8)
+def _mask_table(window: int, queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every row that a bias can have: [Q * (K + 1), K], by query and the first column it may see."""
+    keys = window + queries
+    column = torch.arange(keys, device=device)
+    hidden = column < torch.arange(keys + 1, device=device).unsqueeze(1)
+    table = _triangle(window, queries, dtype, device).unsqueeze(1).expand(-1, keys + 1, -1)
+    return table.masked_fill(hidden, -math.inf).flatten(0, 1)

@@ -64,6 +64,9 @@ class Slice:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.scale = 1.0 / math.sqrt(q.shape[-1])
         self.logit_elements = _LOGIT_ELEMENTS.get(q.device.type, _LOGIT_ELEMENTS_ELSEWHERE)
+        if q.element_size() < 4:
+            # Products of half precision are so short that larger groups pay.
+            self.logit_elements *= 2
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The merged output [n, T, D_v] and its logsumexp [n, T] in base 2, both float32 or wider."""
@@ -113,9 +116,7 @@ class Slice:
         factor = self.scale * _LOG2_E
         if bias is None:
             return torch.bmm(q, transposed).to(self.wide) * factor
-        if q.dtype == self.wide:
-            return torch.baddbmm(bias, q, transposed, alpha=factor)
-        return bias.add_(torch.bmm(q, transposed).to(self.wide), alpha=factor)
+        return torch.baddbmm(bias, q, transposed, alpha=factor).to(self.wide)
 
     def _softmax_forward(self, logits: Tensor, v: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Output and logsumexp (base 2) of logits [c, Q, K], which are overwritten."""
@@ -136,7 +137,10 @@ class Slice:
         delta: Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the (natural) logits and of v, in v's dtype, from the merged lse and delta [c, Q]."""
+        """Gradients of the logits (base e) and of v, in v's dtype, from the merged lse and delta [c, Q].
+
+        The factor between logits and products of queries and keys is left to the caller.
+        """
         weights = logits.sub_(lse.unsqueeze(-1)).exp2_()
         grad_weights = torch.bmm(grad_out, v.transpose(-1, -2)).to(self.wide)
         kept = weights
@@ -144,7 +148,7 @@ class Slice:
             factors = self._keep(weights, generator)
             kept, grad_weights = weights * factors, grad_weights * factors
         grad_v = torch.bmm(kept.to(v.dtype).transpose(-1, -2), grad_out)
-        grad_logits = grad_weights.sub_(delta.unsqueeze(-1)).mul_(weights).mul_(self.scale).to(v.dtype)
+        grad_logits = grad_weights.sub_(delta.unsqueeze(-1)).mul_(weights).to(v.dtype)
         return grad_logits, grad_v
 
     def _round_forward(
@@ -160,10 +164,10 @@ class Slice:
             # Copied, since matrix products on overlapping views are slow.
             keys = group.keys(gathered[:, dim : 2 * dim]).contiguous()
             values = group.keys(gathered[:, 2 * dim :]).contiguous()
-            logits = self._logits(queries, keys, group.bias(self.wide))
+            logits = self._logits(queries, keys, group.bias(queries.dtype))
             o, o_lse = self._softmax_forward(logits, values, generator)
             out[group.places], lse[group.places] = o.flatten(0, 1), o_lse.flatten()
-        return out, lse.masked_fill_(lse < NO_MATCH * _LOG2_E, NO_WEIGHT)
+        return out, lse.masked_fill_(lse < NO_MATCH, NO_WEIGHT)
 
     def backward(
         self, grad_out: Tensor, out: Tensor, lse: Tensor
@@ -186,6 +190,8 @@ class Slice:
         of_memory = None
         if self.memory is not None:
             of_memory = self._memory_backward(total[..., :dim], grad_out, delta, lse)
+        # The scale of the logits, once for all rounds.
+        total[..., : 2 * dim] *= self.scale
         return total[..., :dim], total[..., dim : 2 * dim], total[..., 2 * dim :], of_memory
 
     def _round_backward(
@@ -205,7 +211,7 @@ class Slice:
             keys = group.keys(gathered[:, dim : 2 * dim]).contiguous()
             values = group.keys(gathered[:, 2 * dim : to_values]).contiguous()
             grad_out = group.queries(gathered[:, to_values:]).contiguous()
-            logits = self._logits(queries, keys, group.bias(self.wide))
+            logits = self._logits(queries, keys, group.bias(queries.dtype))
             grad_logits, grad_values = self._softmax_backward(
                 logits, values, group.of_queries(lse), grad_out, group.of_queries(delta), generator
             )
@@ -243,7 +249,7 @@ class Slice:
             grad_q[:, tokens] += torch.bmm(grad_logits, keys)
             grad_keys += torch.bmm(grad_logits.transpose(-1, -2), q)
             grad_values += through_values
-        return grad_keys, grad_values
+        return grad_keys.mul_(self.scale), grad_values
 
     def _memory_groups(self) -> Iterator[slice]:
         assert self.memory is not None
