@@ -76,6 +76,7 @@ class TrainingArguments:
     gradient_accumulation: int = _option(1, int, "batches to an optimizer step", _at_least(1))
     max_seq_len: int | None = _option(None, int, "tokens in a window (the model's maximum)", _at_least(2))
     stride: int | None = _option(None, int, "tokens from window to window (the window's length)", _at_least(1))
+    separate_articles: bool = _option(False, bool, "articles in one window do not see each other")
     lr: float = _option(3e-4, float, "highest learning rate", _above_zero)
     lr_schedule: str = _option(
         "cosine", str, "decay of the learning rate: " + ", ".join(LR_SCHEDULES), _one_of(LR_SCHEDULES)

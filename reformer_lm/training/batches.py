@@ -6,8 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from reformer_lm.corpus import window_order
+
+
+def article_numbers(tokens: Tensor, begin_token: int) -> Tensor:
+    """Which article of its window each token belongs to, for the model's ``document_ids``.
+
+    Args:
+        tokens: int64 [B, T].
+        begin_token: the token every article begins with.
+
+    Returns:
+        int64 [B, T], rising from left to right; 0 is what is left of an article that began before the window.
+    """
+    return (tokens == begin_token).cumsum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

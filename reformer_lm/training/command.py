@@ -96,6 +96,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     save_every=arguments.save_every,
                     sample_every=arguments.sample_every,
                     seed=arguments.seed,
+                    separate_articles=arguments.separate_articles,
                 ),
                 identity=identity,
                 reporter=reporter,
@@ -191,6 +192,7 @@ def _window_length(arguments: TrainingArguments, source: ModelSource) -> int:
 _WORTH_A_NOTE = (
     "batch_size",
     "gradient_accumulation",
+    "separate_articles",
     "lr",
     "lr_schedule",
     "warmup_steps",

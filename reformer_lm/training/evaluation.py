@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
+from reformer_lm.training.batches import article_numbers
 
 SAMPLE_TOKENS = 48
 
@@ -44,6 +45,7 @@ def validate(
     batch_size: int,
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
+    begin_token: int | None = None,
 ) -> Validation | None:
     """Mean loss of a model over a stream, each token but the first scored exactly once.
 
@@ -53,6 +55,7 @@ def validate(
         batch_size: Windows at a time.
         device: Where the model is.
         should_stop: Asked before each batch; if it says yes, validation is given up.
+        begin_token: The token articles begin with, if those in one window must not see each other.
 
     Returns:
         The result, None if it was given up.
@@ -66,8 +69,9 @@ def validate(
                 if should_stop():
                     return None
                 batch = batch.to(device)
+                articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
                 # Divided by 1: the sum, which is added up in double precision.
-                output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True)
+                output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True, **articles)
                 total += float(output.loss)
     finally:
         model.train(was_training)

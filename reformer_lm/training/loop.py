@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from reformer_lm.corpus import EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.training.batches import StepWindows, TrainingPlan
+from reformer_lm.training.batches import StepWindows, TrainingPlan, article_numbers
 from reformer_lm.training.checkpoints import CheckpointStore, save_state
 from reformer_lm.training.evaluation import validate, write_sample
 from reformer_lm.training.interruption import StopRequest
@@ -46,6 +46,7 @@ class LoopSettings:
         save_every: Steps between checkpoints; 0 for the last only.
         sample_every: Steps between samples; 0 for none.
         seed: Of the samples.
+        separate_articles: Whether articles in one window do not see each other.
     """
 
     batch_size: int
@@ -54,6 +55,7 @@ class LoopSettings:
     save_every: int = 0
     sample_every: int = 0
     seed: int = 0
+    separate_articles: bool = False
 
 
 class TrainingLoop:
@@ -110,6 +112,8 @@ class TrainingLoop:
         self.reporter = reporter
         self.stop = stop
         self.options = options
+        # Articles are told apart by the token they begin with.
+        self.begin_token: int | None = tokenizer.bos_token_id if settings.separate_articles else None
         self.progress = Progress()
         # Step at which a resumed run goes on.
         self.resumed_at: int | None = None
@@ -193,7 +197,10 @@ class TrainingLoop:
             # Rotations that change with the step must be the same in all of its batches.
             self.bare_model.reformer.hash_step = self.progress.step
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            output = self.model(input_ids=batch, labels=batch, num_items_in_batch=tokens)
+            articles = {}
+            if self.begin_token is not None:
+                articles["document_ids"] = article_numbers(batch, self.begin_token)
+            output = self.model(input_ids=batch, labels=batch, num_items_in_batch=tokens, **articles)
             self.accelerator.backward(output.loss)
             loss += output.loss.detach()
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
@@ -233,7 +240,14 @@ class TrainingLoop:
         if self.validation is None:
             return
         device = self.accelerator.device
-        result = validate(self.model, self.validation, self.settings.batch_size, device, lambda: self.stop.is_requested)
+        result = validate(
+            self.model,
+            self.validation,
+            self.settings.batch_size,
+            device,
+            should_stop=lambda: self.stop.is_requested,
+            begin_token=self.begin_token,
+        )
         if result is not None:
             self.progress.record_validation(result.loss)
             self.reporter.validation(self.progress.step, result)

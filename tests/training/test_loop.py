@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
-from reformer_lm.corpus import EvaluationWindows, TokenStream
+from reformer_lm.corpus import EvaluationWindows, TokenStream, TokenWindows
 from reformer_lm.errors import InputError
-from reformer_lm.training.batches import TrainingPlan
+from reformer_lm.training.batches import TrainingPlan, article_numbers
 from reformer_lm.training.evaluation import validate, write_sample
 from reformer_lm.training.loop import LoopSettings, TrainingLoop
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer
@@ -220,3 +220,36 @@ def test_final_folder_is_the_trained_model(tiny_config: ReformerLMConfig, make_l
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert saved.keys() == weights_of(model).keys()
     assert all(torch.equal(saved[name], weight) for name, weight in weights_of(model).items())
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_separate_articles_reach_the_model_in_training_and_validation(
+    separate: bool, tiny_config: ReformerLMConfig, make_loop: MakeLoop, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    begin = tokenizer.bos_token_id
+    tokens = np.random.default_rng(0).integers(begin, begin + 4, 160).astype(np.uint16)
+    model = model_of(tiny_config)
+    seen: dict[bool, int] = {True: 0, False: 0}
+
+    def watch(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        seen[module.training] += 1
+        documents = options.get("document_ids")
+        if separate:
+            assert torch.equal(documents, (options["input_ids"] == begin).cumsum(1))
+        else:
+            assert documents is None
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    loop = make_loop(
+        model,
+        windows=TokenWindows(TokenStream([tokens]), 16, 16),
+        validation=EvaluationWindows(TokenStream([tokens[:50]]), 16),
+        settings=LoopSettings(batch_size=2, separate_articles=separate),
+    )
+    loop.run()
+    assert min(seen.values()) > 0
+
+
+def test_articles_are_numbered_by_the_token_they_begin_with() -> None:
+    tokens = torch.tensor([[7, 7, 4, 8, 4, 4, 9]])
+    assert article_numbers(tokens, 4).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
