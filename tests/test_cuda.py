@@ -18,8 +18,10 @@ from reformer_lm.training import main as train
 
 pytestmark = pytest.mark.cuda
 
-# Largest distance of the flex backend from float64, relative in the 2-norm.
-FLEX_BOUND = {torch.float32: 2e-6, torch.float16: 0.002, torch.bfloat16: 0.02}
+# Largest distance, relative in the 2-norm, of the flex backend from float64, and from the torch backend, which rounds
+# more often. (With tf32 instead of float32 it would be 5e-4.)
+FLEX_BOUND = {torch.float32: 5e-6, torch.float16: 0.002, torch.bfloat16: 0.02}
+BACKENDS_BOUND = {torch.float32: 2e-5, torch.float16: 0.012, torch.bfloat16: 0.06}
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 300])
@@ -114,7 +116,9 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], bound
     for one, other in zip(actual, expected, strict=True):
         assert one.isfinite().all()
         reference = other.to(one.device, torch.float64)
-        assert (one.double() - reference).norm() <= bound * reference.norm()
+        # Inputs are of order 1. A gradient that vanishes (a query with one key) leaves the rounding of what cancelled.
+        scale = max(reference.norm().item(), 0.1 * reference.numel() ** 0.5)
+        assert (one.double() - reference).norm().item() <= bound * scale
 
 
 def assert_flex_equals_the_reference(qk: Tensor, v: Tensor, buckets: Tensor, **options: object) -> None:
@@ -172,8 +176,7 @@ def test_flex_equals_the_torch_backend(
     inputs = make_inputs(2, 3, 5001, 64, dtype, buckets=64)
     actual = outputs_and_gradients(*inputs, window=64, num_shifted_heads=1, backend="flex")
     expected = outputs_and_gradients(*inputs, window=64, num_shifted_heads=1, backend="torch")
-    # Either may be that far from the truth.
-    assert_close(actual, expected, 2 * FLEX_BOUND[dtype])
+    assert_close(actual, expected, BACKENDS_BOUND[dtype])
 
 
 def test_flex_gives_the_same_bits_again() -> None:
@@ -193,7 +196,7 @@ def test_flex_keeps_rows_apart() -> None:
     out = lsh_attention(qk, v, hashed, window=64, backend="flex")
     weights = torch.linspace(-1, 1, out[:1].numel(), dtype=torch.float64, device="cuda").view_as(out[:1]).sin().float()
     grads = torch.autograd.grad(out, (qk, v), torch.cat((weights, weights)))
-    assert_close((out[:1], *(x[:1] for x in grads)), alone, 2e-6)
+    assert_close((out[:1], *(x[:1] for x in grads)), alone, FLEX_BOUND[torch.float32])
 
 
 @pytest.mark.usefixtures("full_precision")
@@ -273,6 +276,6 @@ def test_flex_with_a_million_tokens_in_memory_linear_in_their_number() -> None:
         assert all(x.isfinite().all() for x in (out, *grads))
         with torch.no_grad():
             expected = lsh_attention(qk, v, buckets, window=64, num_shifted_heads=1, backend="torch")
-        assert_close((out,), (expected,), 2 * FLEX_BOUND[torch.bfloat16])
+        assert_close((out,), (expected,), BACKENDS_BOUND[torch.bfloat16])
         del qk, v, buckets, out, grads, expected
     assert peaks[1] < 4.4 * peaks[0]

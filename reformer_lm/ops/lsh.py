@@ -105,31 +105,29 @@ def lsh_attention(
         )
     order = sort_by_bucket(buckets_BHRT)
     values = shift_values(v_BHTD, num_shifted_heads)
+    # Without a match in any round a token reads itself; a head that reads what followed a match reads nothing.
+    places = torch.arange(order.start.shape[-1], device=order.start.device)
+    matched = (order.start < places).gather(-1, order.inverse).any(dim=-2)
+    plain = torch.arange(v_BHTD.shape[1], device=v_BHTD.device) < v_BHTD.shape[1] - num_shifted_heads
     if backend == "flex":
         from reformer_lm.ops.lsh_flex import lsh_attention_flex
 
         out = lsh_attention_flex(qk_BHTD, values, order, window=window, key_norm=key_norm)
-    else:
-        out = lsh_attention_torch(
-            qk_BHTD,
-            values,
-            order,
-            window=window,
-            key_norm=key_norm,
-            dropout_p=dropout_p,
-            allow_duplicates=allow_duplicates,
-            memory=memory,
-        )
-    if memory is not None:
-        return out
-    # Without a match in any round a token reads itself; a head that reads what followed a match reads nothing.
-    places = torch.arange(order.start.shape[-1], device=order.start.device)
-    matched = (order.start < places).gather(-1, order.inverse).any(dim=-2).unsqueeze(-1)
-    own = v_BHTD
-    if num_shifted_heads:
-        plain = torch.arange(v_BHTD.shape[1], device=v_BHTD.device) < v_BHTD.shape[1] - num_shifted_heads
-        own = v_BHTD * plain.view(1, -1, 1, 1)
-    return torch.where(matched, out, own)
+        return torch.where(matched.unsqueeze(-1), out, v_BHTD * plain.view(1, -1, 1, 1))
+    alone = None
+    if memory is None:
+        alone = (~matched & plain.view(1, -1, 1)).flatten().nonzero().squeeze(1)
+    return lsh_attention_torch(
+        qk_BHTD,
+        values,
+        order,
+        alone,
+        window=window,
+        key_norm=key_norm,
+        dropout_p=dropout_p,
+        allow_duplicates=allow_duplicates,
+        memory=memory,
+    )
 
 
 def _flex_obstacle(

@@ -33,6 +33,7 @@ def lsh_attention_torch(
     qk_BHTD: Tensor,
     v_BHTD: Tensor,
     order: SortedBuckets,
+    alone: Tensor | None,
     *,
     window: int,
     key_norm: KeyNorm,
@@ -40,12 +41,14 @@ def lsh_attention_torch(
     allow_duplicates: bool = True,
     memory: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the tokens that match any; see `reformer_lm.ops.lsh_attention` for the semantics.
+    """See `reformer_lm.ops.lsh_attention` for the semantics.
 
     Args:
         qk_BHTD: shared query/key vectors [B, H, T, D].
         v_BHTD: values [B, H, T, D_v], already shifted where a head shifts.
         order: from `sort_by_bucket`, each [B, H, R, T].
+        alone: optional int64, which of the B * H * T tokens read their own value, since they match none in any round.
+            Others without a match read nothing.
         window: W.
         key_norm: see `normalize_keys`.
         dropout_p: probability of dropping an attention weight.
@@ -53,8 +56,7 @@ def lsh_attention_torch(
         memory: keys [H, M, D] and values [H, M, D_v] that every token sees.
 
     Returns:
-        [B, H, T, D_v] in the dtype of ``v_BHTD``. Without memory, rows of tokens without a match in any round are
-        finite but meaningless, and their gradient must be 0: the caller puts something else in their place.
+        [B, H, T, D_v] in the dtype of ``v_BHTD``.
     """
     # A seed of its own lets forward and backward pass draw the same dropout mask without storing it.
     seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p else 0
@@ -62,7 +64,7 @@ def lsh_attention_torch(
     settings = Settings(min(window, qk_BHTD.shape[2]), key_norm, dropout_p, seed, allow_duplicates)
     memory_keys, memory_values = (None, None) if memory is None else memory
     return _LSHAttention.apply(
-        qk_BHTD, v_BHTD, memory_keys, memory_values, order.order, order.inverse, order.start, settings
+        qk_BHTD, v_BHTD, memory_keys, memory_values, order.order, order.inverse, order.start, alone, settings
     )
 
 
@@ -77,6 +79,7 @@ class _LSHAttention(torch.autograd.Function):
         order: Tensor,
         inverse: Tensor,
         start: Tensor,
+        alone: Tensor | None,
         settings: Settings,
     ) -> Tensor:
         batch, heads, tokens, _ = qk.shape
@@ -90,17 +93,21 @@ class _LSHAttention(torch.autograd.Function):
         with torch.autocast(device_type=qk.device.type, enabled=False):
             for piece in _pieces(qk, v, memory_keys, memory_values, order, start, inverse, settings):
                 merged, total = piece.forward()
-                flat_out[piece.rows] = merged.to(v.dtype)
-                # Where nothing matched, any finite value does; 0 makes every weight of the backward pass vanish.
-                logsumexp[piece.rows] = total.masked_fill(total < NO_WEIGHT / 2, 0.0)
-        ctx.save_for_backward(qk, v, memory_keys, memory_values, out, logsumexp, order, start)
+                # Where nothing matched, the rounds gave the token's own value. Any finite logsumexp does there; 0 makes
+                # every weight of the backward pass vanish.
+                nothing = total < NO_WEIGHT / 2
+                flat_out[piece.rows] = merged.masked_fill_(nothing.unsqueeze(-1), 0.0)
+                logsumexp[piece.rows] = total.masked_fill_(nothing, 0.0)
+        if alone is not None:
+            out.view(-1, v.shape[-1])[alone] = v.reshape(-1, v.shape[-1]).index_select(0, alone)
+        ctx.save_for_backward(qk, v, memory_keys, memory_values, out, logsumexp, order, start, alone)
         ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        qk, v, memory_keys, memory_values, out, logsumexp, order, start = ctx.saved_tensors
+        qk, v, memory_keys, memory_values, out, logsumexp, order, start, alone = ctx.saved_tensors
         settings: Settings = ctx.settings
         batch, heads = qk.shape[:2]
         grad_qk = torch.empty_like(qk, memory_format=torch.contiguous_format)
@@ -128,6 +135,9 @@ class _LSHAttention(torch.autograd.Function):
                 flat_grad_v[rows] = grad_values.to(v.dtype)
                 if grad_memory is not None and of_memory is not None:
                     grad_memory[0][rows], grad_memory[1][rows] = of_memory
+        if alone is not None:
+            of_own = flat_grad.reshape(-1, v.shape[-1]).index_select(0, alone)
+            flat_grad_v.view(-1, v.shape[-1]).index_add_(0, alone, of_own)
         grad_memory_keys = grad_memory_values = None
         if grad_memory is not None:
             # Every row of the batch sees the same memory.
@@ -135,7 +145,7 @@ class _LSHAttention(torch.autograd.Function):
                 g.unflatten(0, (batch, heads)).sum(0).to(m.dtype)
                 for g, m in zip(grad_memory, (memory_keys, memory_values), strict=True)
             )
-        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None
+        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None, None
 
 
 def _pieces(
