@@ -153,7 +153,7 @@ def load(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
         if found["machine"][name] != machine[name]:
             raise SystemExit(
                 f"error: {path} was measured with another {name} ({found['machine'][name]}, here {machine[name]}), and "
-                "figures of two set-ups do not belong in one table: give another --out, or --fresh to measure all again"
+                "figures of two set-ups do not belong in one table: give another --out, or remove the file"
             )
     return found
 
@@ -171,7 +171,15 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda, but torch finds no CUDA device here; measure with --device cpu")
     machine = describe_machine()
-    results = {"groups": [], "profiles": []} if arguments.fresh else load(arguments.out, machine)
+    results = load(arguments.out, machine)
+    if arguments.fresh:
+        # Only what is about to be measured again.
+        for kind in ("groups", "profiles"):
+            results[kind] = [
+                entry
+                for entry in results[kind]
+                if entry["dtype"] not in arguments.dtypes or entry["tokens"] not in arguments.lengths
+            ]
     results["machine"] = machine
     results["device"] = arguments.device
     results["settings"] = {
@@ -233,7 +241,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile_lengths", nargs="*", type=int, default=[4096, 65536])
     parser.add_argument("--ceiling_size", type=int, help="n of the n x n matrix product; 4,096 (CUDA: 16,384)")
     parser.add_argument("--threads", type=int, help="torch's default if not given")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the result file already has")
+    parser.add_argument("--fresh", action="store_true", help="measure the asked types and lengths again")
     parser.add_argument("--out", type=Path, help="benchmarks/results/attention_<device>.json if not given")
     parser.add_argument("--report", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("--plot", action="store_true", help="draw the pictures, measure nothing")

@@ -310,6 +310,10 @@ def test_what_is_in_the_file_is_not_measured_again(tmp_path: Path, monkeypatch: 
     third = run(tmp_path, *options, "--fresh")
     assert len(third["groups"]) == 2
     assert third["groups"][0] != first["groups"][0]
+    # Measuring one length again loses none of the others.
+    fourth = run(tmp_path, *options, "--fresh", "--lengths", "256")
+    assert {group["tokens"]: group == third["groups"][0] for group in fourth["groups"]} == {256: False, 384: False}
+    assert third["groups"][1] in fourth["groups"]
 
     monkeypatch.setattr(attention, "describe_machine", lambda: first["machine"] | {"processor": "another"})
     with pytest.raises(SystemExit, match="another processor"):
