@@ -271,7 +271,7 @@ def test_flex_with_a_million_tokens_in_memory_linear_in_their_number() -> None:
         out = lsh_attention(qk, v, buckets, window=64, num_shifted_heads=1, backend="flex")
         grads = torch.autograd.grad(out, (qk, v), torch.ones_like(out))
         # Bytes for each token and head: vectors, output and their gradients 768, buckets and order of 4 rounds 160, and
-        # what sorting needs. Bytes for each token of the slice at work: the sorted copies of one round, sums in float32.
+        # what sorting needs. Bytes for each token of the slice at work: sorted copies of one round, sums in float32.
         bound = 2048 * heads * tokens + 6144 * min(heads * tokens, slice_tokens)
         assert torch.cuda.max_memory_allocated() - before < bound
         assert all(x.isfinite().all() for x in (out, *grads))

@@ -353,3 +353,10 @@ def test_bytes_in_words(mebibytes: float, text: str) -> None:
 
 def test_ticks() -> None:
     assert [attention_plots.format_tokens(tokens) for tokens in (256, 1024, 65536)] == ["256", "1k", "64k"]
+
+
+def test_the_page_shows_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "attention_cpu.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert attention_plots.report(results).strip() in page
