@@ -9,7 +9,8 @@ Who stands beside whom, and that all do the same work: benchmarks/attention_peer
 comes first: on the CPU in a process of its own per call, so that a contender that needs too much is found out without
 harm. Then all contenders are timed in one process, in rounds: each round calls every contender once, in rotating order,
 so that whatever else slows the machine down for a while slows all of them. Every finished group goes into
-benchmarks/results/attention_<device>.json at once, and groups found there are not measured again.
+benchmarks/results/attention_<machine>.json at once (a file per processor or GPU), and groups found there are not
+measured again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -38,6 +40,8 @@ from attention_peers import (
 )
 from attention_profile import measure_ceiling, profile_ours, useful_operations
 from machine import ROOT, describe_machine
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def seconds_of(call: Call, device: str) -> float:
@@ -214,6 +218,15 @@ def measure(arguments: argparse.Namespace) -> None:
                 save(arguments.out, results)
 
 
+def default_result_file(device: str) -> Path:
+    """One file per processor or GPU: .../attention_intel_xeon.json."""
+    machine = describe_machine()
+    name = machine["gpu"] if device == "cuda" else machine["processor"]
+    # "Intel(R) Xeon(R) Processor" -> intel_xeon
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", (name or device).lower()))
+    return RESULTS / f"attention_{'_'.join(words)}.json"
+
+
 def _find(items: list[dict[str, Any]], dtype: str, tokens: int) -> dict[str, Any] | None:
     return next((item for item in items if (item["dtype"], item["tokens"]) == (dtype, tokens)), None)
 
@@ -242,7 +255,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ceiling_size", type=int, help="n of the n x n matrix product; 4,096 (CUDA: 16,384)")
     parser.add_argument("--threads", type=int, help="torch's default if not given")
     parser.add_argument("--fresh", action="store_true", help="measure the asked types and lengths again")
-    parser.add_argument("--out", type=Path, help="benchmarks/results/attention_<device>.json if not given")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/attention_<machine>.json if not given")
     parser.add_argument("--report", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("--plot", action="store_true", help="draw the pictures, measure nothing")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="where --plot saves")
@@ -255,7 +268,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--repetitions must be at least 1 and --memory_repetitions at least 0")
     arguments.longest = dict(arguments.longest)
     arguments.ceiling_size = arguments.ceiling_size or (16384 if on_cuda else 4096)
-    arguments.out = arguments.out or ROOT / "benchmarks" / "results" / f"attention_{arguments.device}.json"
+    arguments.out = arguments.out or default_result_file(arguments.device)
     return arguments
 
 
@@ -274,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.report:
         print(report(results))
     if arguments.plot:
-        for path in draw(results, arguments.images):
+        for path in draw(results, arguments.images, arguments.out.stem):
             print(path)
 
 

@@ -188,12 +188,13 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Draws time and memory against length, one picture per type.
 
     Args:
         results: as benchmarks/attention.py writes them.
-        folder: where attention_<device>_<type>.png goes; made if need be.
+        folder: where <name>_<type>.png goes; made if need be.
+        name: of the result file, without its ending.
 
     Returns:
         The pictures' paths.
@@ -227,7 +228,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         )  # fmt: skip
         figure.text(0.988, 0.012, "medians; bars: least and largest sample", ha="right", fontsize=8.5, color="#707070")
         figure.tight_layout(rect=(0, 0.02, 1, 0.875 if any("\n" in label for label in labels) else 0.91), w_pad=2.5)
-        paths.append(folder / f"attention_{results['device']}_{dtype}.png")
+        paths.append(folder / f"{name}_{dtype}.png")
         figure.savefig(paths[-1])
         pyplot.close(figure)
     return paths

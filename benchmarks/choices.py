@@ -209,6 +209,8 @@ def run(row: str, seed: int, rate: float, sizes: argparse.Namespace) -> dict[str
         "validation_32": round(validate(model, validation, 32, 64, 1024), 4),
         "training_curve": curve,
         "seconds": round(seconds, 1),
+        # A series may be finished on another machine: each run says where it ran.
+        **{name: value for name, value in describe_machine().items() if name in ("commit", "processor", "gpu", "date")},
     }  # fmt: skip
 
 
@@ -295,14 +297,13 @@ def main() -> None:
                 wanted = (row, seed, rate, sizes.context, sizes.steps, sizes.batch, sizes.hidden_size, sizes.layers)
                 if wanted not in done:
                     jobs.append((row, seed, rate))
-    machine = {**describe_machine(), "workers": sizes.workers, "threads": sizes.threads}
     spawn = multiprocessing.get_context("spawn")
     # One task per process: a run's memory goes back, and its threads are set before torch does any work.
     with ProcessPoolExecutor(sizes.workers, mp_context=spawn, max_tasks_per_child=1) as pool:
         waiting = [pool.submit(run, row, seed, rate, sizes) for row, seed, rate in jobs]
         for future in tqdm(as_completed(waiting), total=len(waiting), unit="run"):
             result = future.result()
-            found["machine"] = machine
+            found["machine"] = describe_machine() | {"workers": sizes.workers, "threads": sizes.threads}
             found["runs"].append(result)
             partial = sizes.out.with_suffix(".partial")
             partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

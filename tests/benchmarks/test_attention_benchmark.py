@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reformer_lm.ops import hash_vectors, lsh_attention, sample_rotations
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 256
 MIB = 1 << 20
 
@@ -290,7 +291,7 @@ def test_file_tables_and_pictures(
     arguments = ["--report", "--plot", "--out", str(tmp_path / "attention.json"), "--images", str(tmp_path / "images")]
     attention.main(arguments)
     assert tables in capsys.readouterr().out
-    picture = tmp_path / "images" / "attention_cpu_float32.png"
+    picture = tmp_path / "images" / "attention_float32.png"
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
@@ -355,8 +356,23 @@ def test_ticks() -> None:
     assert [attention_plots.format_tokens(tokens) for tokens in (256, 1024, 65536)] == ["256", "1k", "64k"]
 
 
-def test_the_page_shows_the_result_file() -> None:
-    root = Path(__file__).parents[2]
-    results = json.loads((root / "benchmarks" / "results" / "attention_cpu.json").read_text(encoding="utf-8"))
-    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert attention_plots.report(results).strip() in page
+@pytest.mark.parametrize(
+    ("processor", "name"),
+    [
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel_core_i7_8700"),
+        ("AMD EPYC", "amd_epyc"),
+    ],
+)
+def test_a_result_file_per_processor(monkeypatch: pytest.MonkeyPatch, processor: str, name: str) -> None:
+    monkeypatch.setattr(attention, "describe_machine", lambda: {"processor": processor, "gpu": None})
+    assert attention.default_result_file("cpu").name == f"attention_{name}.json"
+
+
+def test_the_page_shows_the_result_files() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "benchmarks" / "results").glob("attention_*.json"))
+    assert files
+    for path in files:
+        assert attention_plots.report(json.loads(path.read_text(encoding="utf-8"))).strip() in page
+        assert f"images/{path.stem}_float32.png" in page
