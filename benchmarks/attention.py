@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import statistics
 import time
 from pathlib import Path
@@ -39,9 +38,7 @@ from attention_peers import (
     why_missing,
 )
 from attention_profile import measure_ceiling, profile_ours, useful_operations
-from machine import ROOT, describe_machine
-
-RESULTS = ROOT / "benchmarks" / "results"
+from machine import ROOT, default_result_file, describe_machine
 
 
 def seconds_of(call: Call, device: str) -> float:
@@ -218,15 +215,6 @@ def measure(arguments: argparse.Namespace) -> None:
                 save(arguments.out, results)
 
 
-def default_result_file(device: str) -> Path:
-    """One file per processor or GPU: .../attention_intel_xeon.json."""
-    machine = describe_machine()
-    name = machine["gpu"] if device == "cuda" else machine["processor"]
-    # "Intel(R) Xeon(R) Processor" -> intel_xeon
-    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", (name or device).lower()))
-    return RESULTS / f"attention_{'_'.join(words)}.json"
-
-
 def _find(items: list[dict[str, Any]], dtype: str, tokens: int) -> dict[str, Any] | None:
     return next((item for item in items if (item["dtype"], item["tokens"]) == (dtype, tokens)), None)
 
@@ -268,7 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--repetitions must be at least 1 and --memory_repetitions at least 0")
     arguments.longest = dict(arguments.longest)
     arguments.ceiling_size = arguments.ceiling_size or (16384 if on_cuda else 4096)
-    arguments.out = arguments.out or default_result_file(arguments.device)
+    arguments.out = arguments.out or default_result_file("attention", arguments.device)
     return arguments
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,42 +16,15 @@ from typing import Any
 import torch
 from attention_peers import CONTENDERS, DTYPES, make_inputs
 from machine import ROOT
+from process_memory import OUT_OF_MEMORY, USABLE, in_short, kibibytes, limit_to_what_is_free, reset_peak
 
 WARM_UP_TOKENS = 256
-# Of the memory the machine has free; the rest is for everything else that runs.
-_USABLE = 0.9
-_OUT_OF_MEMORY = re.compile("allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 METHOD = {
     "cpu": "In a fresh process per call: inputs built, one call at 256 tokens to load the libraries, then the peak of "
     "the resident memory (VmHWM, reset through /proc/self/clear_refs) during one call, less what was resident before. "
     "Resident memory and not allocations, since that is what a machine runs out of. Output and gradients count.",
     "cuda": "torch.cuda.max_memory_allocated during a call, the first at that length aside, less what stood before.",
 }
-
-
-def _in_short(error: Exception) -> str:
-    """What was tried to allocate, without addresses and advice."""
-    found = re.search(r"tried to allocate [\d.]+ \w+", str(error))
-    return found.group() if found else type(error).__name__
-
-
-def kibibytes(path: str, field: str) -> int:
-    """One number of /proc/self/status or /proc/meminfo."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return int(found.group(1))
-
-
-def reset_peak() -> bool:
-    """Makes the kernel count this process's peak of resident memory (VmHWM) anew; False where that is not allowed.
-
-    The peak that getrusage reports (ru_maxrss) covers the whole life of the process, loading of the libraries included.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
 
 
 def peak_memory_here(name: str, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -67,17 +38,15 @@ def peak_memory_here(name: str, tokens: int, dtype: torch.dtype) -> dict[str, An
     contender.build(make_inputs(WARM_UP_TOKENS, dtype, "cpu"))()
     call = contender.build(make_inputs(tokens, dtype, "cpu"))
     gc.collect()
-    # With this limit an allocation beyond the machine's memory fails here, instead of waking the kernel's killer.
-    limit = kibibytes("/proc/self/status", "VmSize") + int(_USABLE * kibibytes("/proc/meminfo", "MemAvailable"))
-    resource.setrlimit(resource.RLIMIT_AS, (limit * 1024, limit * 1024))
+    limit_to_what_is_free()
     exact = reset_peak()
     before = kibibytes("/proc/self/status", "VmRSS")
     try:
         result = call()
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        return {"out_of_memory": _in_short(error)}
+        return {"out_of_memory": in_short(error)}
     peak = kibibytes("/proc/self/status", "VmHWM")
     del result
     return {"bytes": (peak - before) * 1024, "exact": exact}
@@ -89,7 +58,7 @@ def peak_memory_in_process(name: str, tokens: int, dtype: str, threads: int) -> 
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
         # Not every allocation is made where an exception could be raised.
-        if process.returncode == -9 or _OUT_OF_MEMORY.search(process.stderr):
+        if process.returncode == -9 or OUT_OF_MEMORY.search(process.stderr):
             return {"out_of_memory": "the process ended"}
         raise SystemExit(f"error: memory of {name} at {tokens} tokens could not be measured:\n{process.stderr}")
     return json.loads(process.stdout.splitlines()[-1])
@@ -111,7 +80,7 @@ def peak_memory_on_cuda(name: str, tokens: int, dtype: torch.dtype, repetitions:
             measured.append({"bytes": torch.cuda.max_memory_allocated() - before, "exact": True})
             del result
     except torch.cuda.OutOfMemoryError as error:
-        measured.append({"out_of_memory": _in_short(error)})
+        measured.append({"out_of_memory": in_short(error)})
     torch.cuda.empty_cache()
     return measured
 
@@ -145,7 +114,7 @@ def measure_memory(name: str, tokens: int, dtype: str, device: str, repetitions:
     taken = [one["bytes"] for one in measured]
     median = statistics.median(taken)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 1024 * kibibytes("/proc/meminfo", "MemAvailable")
-    if median > _USABLE * free:
+    if median > USABLE * free:
         # Beside the other contenders' inputs it could end the whole run.
         return {"not_run": f"out of memory: needs {median / 2**30:.1f} GiB, more than is free", "cause": "memory"}
     return {

@@ -248,7 +248,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
                     r["validation"] - b["validation"]
                     for r in found
                     for b in base
-                    if b["seed"] == r["seed"] and (b["lr"] == rate or "peer" in ROWS[row])
+                    if b["seed"] == r["seed"] and b["lr"] == rate
                 ]
                 against = f"{sum(pairs) / len(pairs):+.3f}" if pairs and row != "base" else ""
                 short = sum(r["validation_32"] for r in found) / len(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 # So that a script here finds the package without an installation: each imports this module first.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -43,6 +45,16 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def default_result_file(benchmark: str, device: str) -> Path:
+    """One file per benchmark and processor or GPU: .../attention_intel_xeon.json."""
+    name = _processor() if device == "cpu" else device
+    if device == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    # "Intel(R) Xeon(R) Processor" -> intel_xeon
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", name.lower()))
+    return RESULTS / f"{benchmark}_{'_'.join(words)}.json"
 
 
 def _commit() -> str:

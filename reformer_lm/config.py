@@ -69,8 +69,12 @@ class ReformerLMConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of the norms.
         ff_activation: "gelu", "gelu_tanh", "relu", "silu", or the gated "geglu", "swiglu", "reglu".
         ff_chunk_size: tokens per piece of the feed-forward block; 0 means all at once.
-        reversible_threshold: sequences up to this many tokens keep their activations (plain autograd); longer ones
-            are rebuilt in the backward pass.
+        attn_chunks: groups of heads that attention works off one after the other, so that what it computes for the
+            backward pass exists for one group at a time.
+        reversible: what training keeps for the backward pass: "full", of all layers only the last one's output;
+            "keep_attention", also what each layer's LSH heads computed, so that they need not run again; "off", every
+            activation (plain autograd).
+        reversible_threshold: sequences up to this many tokens keep every activation, whatever ``reversible`` says.
         hidden_dropout_prob: dropout after the embedding and after each block.
         activation_dropout: dropout inside the feed-forward block.
         attention_dropout: dropout of attention weights.
@@ -125,6 +129,8 @@ class ReformerLMConfig(PreTrainedConfig):
         layer_norm_eps: float = 1e-5,
         ff_activation: str = "gelu",
         ff_chunk_size: int = 0,
+        attn_chunks: int = 1,
+        reversible: str = "full",
         reversible_threshold: int = 0,
         hidden_dropout_prob: float = 0.0,
         activation_dropout: float = 0.0,
@@ -168,6 +174,8 @@ class ReformerLMConfig(PreTrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.ff_activation = ff_activation
         self.ff_chunk_size = ff_chunk_size
+        self.attn_chunks = attn_chunks
+        self.reversible = reversible
         self.reversible_threshold = reversible_threshold
         self.hidden_dropout_prob = hidden_dropout_prob
         self.activation_dropout = activation_dropout
@@ -199,7 +207,7 @@ class ReformerLMConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
-            "num_hashes"
+            "num_hashes attn_chunks"
         ).split():
             self._require_count(name, 1)
         for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
@@ -209,6 +217,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self._require_choice("lsh_mask", ("causal", "chunked"))
         self._require_choice("key_norm", ("rms", "unit"))
         self._require_choice("rehash", ("fixed", "step"))
+        self._require_choice("reversible", ("full", "keep_attention", "off"))
         self._require_choice("local_keys", ("separate", "shared"))
         self._require_choice("position_type", POSITION_TYPES)
         self._require_choice("norm_type", NORM_TYPES)

@@ -12,11 +12,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.attention import LSHSelfAttention, SequenceInfo
+from reformer_lm.layers.attention import LSHSelfAttention
 from reformer_lm.layers.compaction import Compaction, document_positions
 from reformer_lm.layers.norms import FinalNorm, ResidualLinear, ReZeroGate, ScaleNorm
 from reformer_lm.layers.positions import PositionEmbedding, PositionTable
 from reformer_lm.layers.reversible import ReversibleStack
+from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.loss import linear_cross_entropy
 
 # Standard deviation of initial position embeddings, as a share of initializer_range.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.compaction import Compaction, document_positions
+from reformer_lm.layers.beginnings import BeginningsInFront
 from reformer_lm.layers.norms import ResidualLinear
 from reformer_lm.layers.positions import apply_rotary, rotary_angles
+from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.hashing import factorize_buckets, hash_vectors, sample_rotations
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import SELF_ATTENTION_BIAS, normalize_keys
 from reformer_lm.ops.local import local_attention
 from reformer_lm.ops.lsh import lsh_attention
@@ -24,32 +29,28 @@ from reformer_lm.ops.shared_qk import shared_qk_attention
 _SEED_STRIDE = 1_000_000_007
 
 
-@dataclass(frozen=True)
-class SequenceInfo:
-    """What every layer knows of the sequence besides the hidden states.
+@dataclass
+class AttentionReplay:
+    """What it takes to repeat the attention of some heads on the same input; filled by the first call.
 
     Attributes:
-        position_ids: int64 [B or 1, T].
-        mask: optional bool [B, T], True for real tokens. Needed in chunked mode only: in causal mode padding stands
-            behind the last real token, where nothing real can see it.
-        documents: optional int64 [B, T], constant over each document; tokens see their own document only.
-        attention_mask: optional bool [B or 1, T, T], True where a query may see a key; chunked mode only.
-        context: optional [B, C, hidden_size], vectors of another sequence that every token sees; chunked mode only.
-        context_mask: optional bool [B, C], False for padding of the context.
-        hash_step: number of the training step with ``rehash="step"``, else None (fixed rotations).
+        buckets: [B, H_lsh, R, T], since a hash taken anew could fall differently; None where nothing was hashed.
+        kept: what the LSH heads computed, if that is to be kept.
     """
 
-    position_ids: Tensor
-    mask: Tensor | None = None
-    documents: Tensor | None = None
-    attention_mask: Tensor | None = None
-    context: Tensor | None = None
-    context_mask: Tensor | None = None
-    hash_step: int | None = None
+    buckets: Tensor | None = None
+    kept: KeptAttention | None = None
+
+
+class HeadGroup(NamedTuple):
+    """Heads ``begin`` to ``end`` - 1 of a layer, worked off together."""
+
+    begin: int
+    end: int
 
 
 class Projections(NamedTuple):
-    """What the heads of one layer work on.
+    """What the heads of one layer, or of a group of them, work on.
 
     Attributes:
         query_key: [B, H, T, D]; of the local heads only queries where they have keys of their own.
@@ -86,6 +87,9 @@ class LSHSelfAttention(nn.Module):
         self.local_window = config.local_window
         self.lsh_window = config.lsh_window
         self.causal = config.lsh_mask == "causal"
+        chunks = min(config.attn_chunks, self.heads)
+        borders = [self.heads * index // chunks for index in range(chunks + 1)]
+        self.groups = [HeadGroup(begin, end) for begin, end in itertools.pairwise(borders)]
         width = self.heads * self.head_dim
         self.query_key = nn.Linear(config.hidden_size, width, bias=False)
         self.value = nn.Linear(config.hidden_size, width, bias=False)
@@ -124,64 +128,106 @@ class LSHSelfAttention(nn.Module):
             self._rotations = {key: tuple(rotation.to(device) for rotation in fresh)}
         return self._rotations[key]
 
-    def forward(self, x: Tensor, info: SequenceInfo, buckets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Attends.
+    def forward(
+        self, x: Tensor, info: SequenceInfo, replays: Sequence[AttentionReplay] | None = None, keep: bool = False
+    ) -> tuple[Tensor, Sequence[AttentionReplay]]:
+        """Attends, one group of heads after the other (``attn_chunks`` of them).
 
         Args:
             x: hidden states [B, T, hidden_size].
             info: positions, mask and step.
-            buckets: buckets [B, H_lsh, R, T] of an earlier call on the same input, to be used again.
+            replays: from an earlier call on the same input, to be repeated.
+            keep: whether to keep what the LSH heads compute, for a replay that costs no LSH attention.
 
         Returns:
-            The output [B, T, hidden_size], and the buckets used (None where nothing was hashed).
+            The output [B, T, hidden_size], and what it takes to repeat the call: one replay per group.
         """
-        merged, buckets = self.attend(self.project(x, info), info, buckets, self._dropout_p())
-        out = self.output(merged.transpose(1, 2).flatten(2))
-        return self.output_dropout(out), buckets
+        if replays is None:
+            replays = [AttentionReplay(kept=KeptAttention() if keep else None) for _ in self.groups]
+        if len(self.groups) == 1:
+            out = self.output(self.attend(self.project(x, info), info, replays[0], self._dropout_p()))
+            return self.output_dropout(out), replays
+        total: Tensor | None = None
+        for group, replay in zip(self.groups, replays, strict=True):
+            if x.requires_grad:
+                # The graph keeps the results of a group's LSH heads, and nothing else of what it computes.
+                again = AttentionReplay(replay.buckets, replay.kept or KeptAttention())
+                part = checkpoint(self._partial_output, x, info, again, group, use_reentrant=False)
+                replay.buckets = again.buckets
+            else:
+                part = self._partial_output(x, info, replay, group)
+            total = part if total is None else total + part
+        assert total is not None
+        if self.output.bias is not None:
+            total = total + self.output.bias
+        return self.output_dropout(total), replays
 
-    def project(self, x: Tensor, info: SequenceInfo) -> Projections:
+    def _partial_output(self, x: Tensor, info: SequenceInfo, replay: AttentionReplay, group: HeadGroup) -> Tensor:
+        """What a group of heads contributes to the output, [B, T, hidden_size], without bias."""
+        merged = self.attend(self.project(x, info, group), info, replay, self._dropout_p(), group)
+        columns = slice(group.begin * self.head_dim, group.end * self.head_dim)
+        return functional.linear(merged, self.output.weight[:, columns])
+
+    def project(self, x: Tensor, info: SequenceInfo, group: HeadGroup | None = None) -> Projections:
         """Queries, keys and values of hidden states [B, T, hidden_size], and of memory and context."""
+        group = group or HeadGroup(0, self.heads)
+        local, lsh = self._parts(group)
         extra_states = [] if self.memory is None else [self.memory.to(x.dtype).expand(x.shape[0], -1, -1)]
         if info.context is not None and self.lsh_heads:
             extra_states.append(info.context.to(x.dtype))
         extra = None
-        if extra_states:
-            states = torch.cat(extra_states, dim=1)
+        if extra_states and lsh.end > lsh.begin:
             # Local heads see neither.
-            skip = self.local_heads * self.head_dim
-            extra = (
-                self._split(functional.linear(states, self.query_key.weight[skip:])),
-                self._split(functional.linear(states, self.value.weight[skip:])),
-            )
-        separate = self.local_heads and self.config.local_keys == "separate"
-        local_key = self._split(self.local_key(x)) if separate else None
-        return Projections(self._split(self.query_key(x)), self._split(self.value(x)), local_key, extra)
+            states = torch.cat(extra_states, dim=1)
+            extra = (self._projected(self.query_key, states, lsh), self._projected(self.value, states, lsh))
+        separate = local.end > local.begin and self.config.local_keys == "separate"
+        local_key = self._projected(self.local_key, x, local) if separate else None
+        query_key, value = (self._projected(layer, x, group) for layer in (self.query_key, self.value))
+        return Projections(query_key, value, local_key, extra)
 
     def attend(
-        self, heads: Projections, info: SequenceInfo, buckets: Tensor | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of all heads, before the output projection.
+        self,
+        heads: Projections,
+        info: SequenceInfo,
+        replay: AttentionReplay,
+        dropout_p: float,
+        group: HeadGroup | None = None,
+    ) -> Tensor:
+        """Attention of all heads or a group of them, before the output projection.
 
         Args:
             heads: from `project`.
             info: see `forward`.
-            buckets: see `forward`.
+            replay: of these heads; an empty one is filled.
             dropout_p: probability of dropping an attention weight.
+            group: the heads, if not all.
 
         Returns:
-            [B, H, T, D_v], and the buckets used (None where nothing was hashed).
+            [B, T, H * D_v], heads side by side.
         """
+        local, lsh = self._parts(group or HeadGroup(0, self.heads))
+        count = local.end - local.begin
         query_key, value, local_key, extra = heads
         parts = []
-        if self.local_heads:
-            local = (query_key[:, : self.local_heads], local_key, value[:, : self.local_heads])
-            parts.append(self._local(*local, info, dropout_p))
-        if self.lsh_heads:
-            shared, value = query_key[:, self.local_heads :], value[:, self.local_heads :]
+        if count:
+            parts.append(self._local(query_key[:, :count], local_key, value[:, :count], info, dropout_p))
+        if lsh.end > lsh.begin:
             attend = self._lsh_causal if self.causal else self._lsh_chunked
-            out, buckets = attend(shared, value, extra, info, buckets, dropout_p)
-            parts.append(out)
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], buckets
+            parts.append(attend(query_key[:, count:], value[:, count:], extra, info, replay, dropout_p, lsh))
+        merged = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return merged.transpose(1, 2).flatten(2)
+
+    def _parts(self, group: HeadGroup) -> tuple[HeadGroup, HeadGroup]:
+        """The local and the LSH heads of a group."""
+        border = min(max(group.begin, self.local_heads), group.end)
+        return HeadGroup(group.begin, border), HeadGroup(border, group.end)
+
+    def _projected(self, layer: nn.Linear, x: Tensor, group: HeadGroup) -> Tensor:
+        """What a projection gives the heads of a group: [B, T, hidden_size] -> [B, H, T, D]."""
+        rows = slice(group.begin * self.head_dim, group.end * self.head_dim)
+        # As a module where it is used whole, so that whatever wraps it (an adapter, say) takes part.
+        whole = rows.start == 0 and rows.stop >= layer.weight.shape[0]
+        return self._split(layer(x) if whole else functional.linear(x, layer.weight[rows]))
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, T, H * D] -> [B, H, T, D]."""
@@ -209,10 +255,18 @@ class LSHSelfAttention(nn.Module):
             documents_BT=info.documents,
         )
 
-    def _hash(self, shared: Tensor, num_buckets: int, info: SequenceInfo, buckets: Tensor | None) -> Tensor:
-        if buckets is not None:
-            return buckets
-        return hash_vectors(shared, self.rotations(num_buckets, info.hash_step, shared.device))
+    def _hash(
+        self, shared: Tensor, num_buckets: int, info: SequenceInfo, replay: AttentionReplay, lsh: HeadGroup
+    ) -> Tensor:
+        if replay.buckets is None:
+            rotations = self.rotations(num_buckets, info.hash_step, shared.device)
+            own = slice(lsh.begin - self.local_heads, lsh.end - self.local_heads)
+            replay.buckets = hash_vectors(shared, tuple(rotation[own] for rotation in rotations))
+        return replay.buckets
+
+    def _shifted(self, lsh: HeadGroup) -> int:
+        """How many heads of a group read what followed a match: of all heads the last ``shifted_heads``."""
+        return max(0, lsh.end - max(lsh.begin, self.heads - self.shifted_heads))
 
     def _rotate(self, shared: Tensor, info: SequenceInfo) -> Tensor:
         # After hashing: a match is one of content, wherever it stands.
@@ -226,44 +280,46 @@ class LSHSelfAttention(nn.Module):
         v: Tensor,
         extra: tuple[Tensor, Tensor] | None,
         info: SequenceInfo,
-        buckets: Tensor | None,
+        replay: AttentionReplay,
         dropout_p: float,
-    ) -> tuple[Tensor, Tensor | None]:
+        lsh: HeadGroup,
+    ) -> Tensor:
         config = self.config
         # The first positions attend to everything before them, whatever the length: a rule by position keeps the
         # model exactly causal, one by length (the peers') would not.
         rotated = self._rotate(shared, info)
         threshold = config.full_attention_threshold
-        begin = _BeginningsInFront(shared.shape[2], threshold, info.documents) if threshold else None
+        begin = BeginningsInFront(shared.shape[2], threshold, info.documents) if threshold else None
         head = None
         if begin is not None:
             head = shared_qk_attention(
                 begin.take(rotated),
                 begin.take(v),
                 key_norm=config.key_norm,
-                num_shifted_heads=self.shifted_heads,
+                num_shifted_heads=self._shifted(lsh),
                 dropout_p=dropout_p,
                 documents_BT=begin.documents,
                 extra=extra,
             )
             if begin.is_all:
-                return head, None
+                return head
         assert config.num_buckets is not None
-        buckets = self._hash(shared, config.num_buckets, info, buckets)
+        buckets = self._hash(shared, config.num_buckets, info, replay, lsh)
         out = lsh_attention(
             rotated,
             v,
             buckets,
             window=self.lsh_window,
             key_norm=config.key_norm,
-            num_shifted_heads=self.shifted_heads,
+            num_shifted_heads=self._shifted(lsh),
             dropout_p=dropout_p,
             allow_duplicates=config.allow_duplicate_attention,
             documents_BT=info.documents,
             # Memory is the same in every row.
             memory=None if extra is None else (extra[0][0], extra[1][0]),
+            kept=replay.kept,
         )
-        return (out if begin is None or head is None else begin.replace(out, head)), buckets
+        return out if begin is None or head is None else begin.replace(out, head)
 
     def _lsh_chunked(
         self,
@@ -271,9 +327,10 @@ class LSHSelfAttention(nn.Module):
         v: Tensor,
         extra: tuple[Tensor, Tensor] | None,
         info: SequenceInfo,
-        buckets: Tensor | None,
+        replay: AttentionReplay,
         dropout_p: float,
-    ) -> tuple[Tensor, Tensor | None]:
+        lsh: HeadGroup,
+    ) -> Tensor:
         config = self.config
         tokens = shared.shape[2]
         rotated = self._rotate(shared, info)
@@ -288,7 +345,7 @@ class LSHSelfAttention(nn.Module):
                 shared,
                 v,
                 key_norm=config.key_norm,
-                num_shifted_heads=self.shifted_heads,
+                num_shifted_heads=self._shifted(lsh),
                 dropout_p=dropout_p,
                 mask_BT=info.mask,
                 attention_mask_BTT=info.attention_mask,
@@ -296,7 +353,7 @@ class LSHSelfAttention(nn.Module):
                 extra=extra,
                 extra_mask_BE=extra_mask,
             )
-            return out, None
+            return out
         # reformer-pytorch's rule: as many buckets as the current length has chunks.
         num_buckets = config.num_buckets or max(2, 2 * -(-length // (2 * config.bucket_size)))
         mask = info.mask
@@ -311,7 +368,7 @@ class LSHSelfAttention(nn.Module):
                 if extra_mask is not None:
                     real[:, tokens:] = extra_mask
                 mask = real
-        buckets = self._hash(shared, num_buckets, info, buckets)
+        buckets = self._hash(shared, num_buckets, info, replay, lsh)
         out = chunked_lsh_attention(
             rotated,
             v,
@@ -320,53 +377,14 @@ class LSHSelfAttention(nn.Module):
             key_norm=config.key_norm,
             attend_across_buckets=config.attend_across_buckets,
             allow_duplicates=config.allow_duplicate_attention,
-            num_shifted_heads=self.shifted_heads,
+            num_shifted_heads=self._shifted(lsh),
             dropout_p=dropout_p,
             mask_BT=mask,
             attention_mask_BTT=info.attention_mask,
             documents_BT=info.documents,
             num_queries=tokens,
         )
-        return out, buckets
-
-
-class _BeginningsInFront:
-    """The first ``threshold`` tokens of the sequence, or of each document, side by side.
-
-    Attributes:
-        documents: [B, L] for the tokens taken, or None.
-        is_all: whether these are all the tokens.
-    """
-
-    def __init__(self, tokens: int, threshold: int, documents: Tensor | None) -> None:
-        self.count = min(tokens, threshold)
-        self.is_all = self.count == tokens
-        self.order: Compaction | None = None
-        self.documents = documents
-        if documents is None or self.is_all:
-            return
-        order = Compaction(document_positions(tokens, documents, documents.device) < threshold)
-        self.is_all = bool(order.real.all())
-        if not self.is_all:
-            self.order = order
-            # Rows with fewer such tokens are filled up by a document that nobody reads.
-            self.documents = order.pack(documents).masked_fill(~order.mask, int(documents.max()) + 1)
-
-    def take(self, x: Tensor) -> Tensor:
-        """[B, H, T, D] -> [B, H, L, D]."""
-        if self.is_all:
-            return x
-        if self.order is None:
-            return x[:, :, : self.count]
-        return self.order.pack(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-
-    def replace(self, x: Tensor, taken: Tensor) -> Tensor:
-        """[B, H, T, D] with what was computed of the tokens taken, [B, H, L, D], in their places."""
-        if self.order is None:
-            return torch.cat((taken, x[:, :, self.count :]), dim=2)
-        placed = self.order.unpack(taken.transpose(1, 2).flatten(2))
-        placed = placed.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-        return torch.where(self.order.real[:, None, :, None], placed, x)
+        return out
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.norms import ResidualLinear
@@ -37,11 +40,21 @@ class FeedForward(nn.Module):
         self.inner_dropout = nn.Dropout(config.activation_dropout)
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def pieces(self, tokens: int) -> list[slice]:
+        """The pieces of a sequence that are worked off one after the other."""
+        step = self.chunk_size or tokens
+        return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
+
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, T, hidden_size] to [B, T, hidden_size], ``ff_chunk_size`` tokens at a time."""
-        if not self.chunk_size or x.shape[1] <= self.chunk_size:
+        """Maps [B, T, hidden_size] to [B, T, hidden_size], ``ff_chunk_size`` tokens at a time.
+
+        With more than one piece, a graph keeps no inner activations: the backward pass computes each piece again.
+        """
+        pieces = self.pieces(x.shape[1])
+        if len(pieces) == 1:
             return self._piece(x)
-        return torch.cat([self._piece(piece) for piece in x.split(self.chunk_size, dim=1)], dim=1)
+        run = functools.partial(checkpoint, self._piece, use_reentrant=False) if x.requires_grad else self._piece
+        return torch.cat([run(x[:, tokens]) for tokens in pieces], dim=1)
 
     def _piece(self, x: Tensor) -> Tensor:
         x = self.inner(x)

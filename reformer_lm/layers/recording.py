@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reformer_lm.layers.attention import LSHSelfAttention, Projections, SequenceInfo
+from reformer_lm.layers.attention import AttentionReplay, LSHSelfAttention, Projections
+from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.hashing import sort_by_bucket
 
 
@@ -65,13 +66,15 @@ def record_attention(model: nn.Module, max_weights_tokens: int = 1024) -> Iterat
         raise ValueError(f"{type(model).__name__} has no attention layer of reformer_lm to record")
     records: list[AttentionRecord] = []
 
-    def record(module: nn.Module, arguments: tuple[Any, ...], result: tuple[Tensor, Tensor | None]) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], result: tuple[Tensor, Sequence[AttentionReplay]]) -> None:
         assert isinstance(module, LSHSelfAttention)
         x, info = arguments[:2]
         # The reversible backward pass runs each layer again, with the buckets of the first time.
         if len(arguments) > 2 and arguments[2] is not None:
             return
-        records.append(_record(module, x.detach(), info, result[1], max_weights_tokens))
+        found = [replay.buckets for replay in result[1] if replay.buckets is not None]
+        buckets = torch.cat(found, dim=1) if found else None
+        records.append(_record(module, x.detach(), info, buckets, max_weights_tokens))
 
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
@@ -89,7 +92,8 @@ def _record(
     if x.shape[1] <= max_weights_tokens:
         # Each position's value is its own unit vector: the output then lists the weights.
         heads = layer.project(x, info)
-        weights, _ = layer.attend(_with_unit_values(heads), info, buckets, dropout_p=0.0)
+        weights = layer.attend(_with_unit_values(heads), info, AttentionReplay(buckets), dropout_p=0.0)
+        weights = weights.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     if buckets is None:
         return AttentionRecord(layer.layer_index, None, None, weights)
     keys = buckets.long()

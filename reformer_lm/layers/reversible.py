@@ -4,8 +4,12 @@
     y2 = x2 + feed_forward(y1)     x1 = y1 - attention(x2)
 
 Only the last pair is kept. What a rebuild needs besides it is saved as explicit values per layer: the buckets (a hash
-taken anew could fall differently) and the state of the random generators where dropout is on. The autograd Function
-takes the parameters as explicit inputs, so that hooks on them (DistributedDataParallel's) fire once, in order.
+taken anew could fall differently) and the state of the random generators where dropout is on.
+
+Each layer is a module call with an autograd Function of its own, which takes the layer's parameters as explicit inputs:
+hooks on modules and parameters (FSDP2's, DistributedDataParallel's) fire as for any other layer, and gradients of late
+layers are ready while early ones are still at work. The Functions hand the rebuilt streams on to each other through a
+`_Chain`.
 
 Source: Gomez et al. 2017 (arXiv 1707.04585), section 3; Kitaev et al. 2020, section 3.
 """
@@ -13,9 +17,8 @@ Source: Gomez et al. 2017 (arXiv 1707.04585), section 3; Kitaev et al. 2020, sec
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.attention import LSHSelfAttention, SequenceInfo
+from reformer_lm.layers.attention import AttentionReplay, LSHSelfAttention
 from reformer_lm.layers.feed_forward import FeedForward
 from reformer_lm.layers.norms import make_gate, make_norm
+from reformer_lm.layers.sequence import SequenceInfo
 
 
 class ReversibleLayer(nn.Module):
@@ -40,14 +44,29 @@ class ReversibleLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_gate = make_gate(config)
 
+    def forward(self, x1: Tensor, x2: Tensor, info: SequenceInfo, chain: _Chain | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the layer on both streams [B, T, hidden_size].
+
+        Args:
+            x1: first stream.
+            x2: second stream.
+            info: positions, masks and step.
+            chain: the reversible chain that this layer is a link of, or None for plain autograd.
+        """
+        if chain is None:
+            x1 = x1 + self.attention_branch(x2, info)[0]
+            return x1, x2 + self.feed_forward_branch(x1)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return _Reversible.apply(x1, x2, info.context, self, info, chain, *parameters)
+
     def attention_branch(
-        self, x: Tensor, info: SequenceInfo, buckets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the attention block adds to the first stream, [B, T, hidden_size], and the buckets it used."""
+        self, x: Tensor, info: SequenceInfo, replays: Sequence[AttentionReplay] | None = None, keep: bool = False
+    ) -> tuple[Tensor, Sequence[AttentionReplay]]:
+        """What the attention block adds to the first stream, [B, T, hidden_size], and how to repeat it."""
         # The streams are float32 also where the parameters are bf16.
         x = self.attention_norm(x.to(self.attention.query_key.weight.dtype))
-        out, buckets = self.attention(x, info, buckets)
-        return self.attention_gate(out), buckets
+        out, replays = self.attention(x, info, replays, keep)
+        return self.attention_gate(out), replays
 
     def feed_forward_branch(self, x: Tensor) -> Tensor:
         """What the feed-forward block adds to the second stream, [B, T, hidden_size]."""
@@ -56,12 +75,13 @@ class ReversibleLayer(nn.Module):
 
 
 class ReversibleStack(nn.Module):
-    """The layers, run reversibly or, for short sequences, with plain autograd."""
+    """The layers, run reversibly or, for short sequences or on request, with plain autograd."""
 
     def __init__(self, config: ReformerLMConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ReversibleLayer(config, index) for index in range(config.num_hidden_layers))
         self.layer_dropout = config.layer_dropout
+        self.reversible = config.reversible
         self.reversible_threshold = config.reversible_threshold
         self.draws_random_numbers = any(
             (config.hidden_dropout_prob, config.activation_dropout, config.attention_dropout)
@@ -79,24 +99,19 @@ class ReversibleStack(nn.Module):
             Both streams behind the last layer.
         """
         layers = self._layers_of_this_step()
-        if x1.shape[1] <= self.reversible_threshold or not torch.is_grad_enabled():
-            # Of all the layers' outputs only the last one is kept.
-            (last,) = deque(self._plain(layers, x1, x2, info), maxlen=1)
-            return last
-        random = self.training and self.draws_random_numbers
-        parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-        return _Reversible.apply(x1, x2, info.context, layers, info, random, *dict.fromkeys(parameters))
+        plain = self.reversible == "off" or x1.shape[1] <= self.reversible_threshold or not torch.is_grad_enabled()
+        chain = None
+        if not plain:
+            random = self.training and self.draws_random_numbers
+            chain = _Chain(len(layers), random, keep_attention=self.reversible == "keep_attention")
+        for layer in layers:
+            x1, x2 = layer(x1, x2, info, chain)
+        return x1, x2
 
     def hidden_states(self, x1: Tensor, x2: Tensor, info: SequenceInfo) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields both streams behind each layer; keeps activations, whatever the threshold."""
-        return self._plain(self._layers_of_this_step(), x1, x2, info)
-
-    def _plain(
-        self, layers: list[ReversibleLayer], x1: Tensor, x2: Tensor, info: SequenceInfo
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for layer in layers:
-            x1 = x1 + layer.attention_branch(x2, info)[0]
-            x2 = x2 + layer.feed_forward_branch(x1)
+        for layer in self._layers_of_this_step():
+            x1, x2 = layer(x1, x2, info)
             yield x1, x2
 
     def _layers_of_this_step(self) -> list[ReversibleLayer]:
@@ -107,13 +122,25 @@ class ReversibleStack(nn.Module):
         return [layer for layer, keep in zip(layers, kept.tolist(), strict=True) if keep] or layers[:1]
 
 
-@dataclass
-class _Replay:
-    """What rebuilding one layer needs besides its output."""
+class _Chain:
+    """What the layers of one forward pass hand on to each other in its backward pass."""
 
-    buckets: Tensor | None
-    attention_state: _RandomState | None
-    feed_forward_state: _RandomState | None
+    def __init__(self, layers: int, random: bool, keep_attention: bool) -> None:
+        self.layers_to_come = layers
+        self.random = random
+        self.keep_attention = keep_attention
+        self.streams: tuple[Tensor, Tensor] | None = None
+
+    def next_is_last(self) -> bool:
+        """Counts the layers as they are run; true at the last one, whose output is the one to keep."""
+        self.layers_to_come -= 1
+        return self.layers_to_come == 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The streams behind a layer, from the backward pass of the layer after it."""
+        assert self.streams is not None
+        streams, self.streams = self.streams, None
+        return streams
 
 
 class _RandomState:
@@ -150,58 +177,74 @@ class _AutocastState:
 
 
 class _Reversible(torch.autograd.Function):
+    """One layer of a chain."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x1: Tensor,
         x2: Tensor,
         context: Tensor | None,
-        layers: list[ReversibleLayer],
+        layer: ReversibleLayer,
         info: SequenceInfo,
-        random: bool,
+        chain: _Chain,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = x1.device
         ctx.autocast = _AutocastState(device)
-        replays = []
         with ctx.autocast.context():
-            for layer in layers:
-                state = _RandomState(device) if random else None
-                out, buckets = layer.attention_branch(x2, info)
-                x1 = x1 + out
-                replay = _Replay(buckets, state, _RandomState(device) if random else None)
-                x2 = x2 + layer.feed_forward_branch(x1)
-                replays.append(replay)
+            ctx.attention_state = _RandomState(device) if chain.random else None
+            out, ctx.replays = layer.attention_branch(x2, info, keep=chain.keep_attention)
+            x1 = x1 + out
+            ctx.feed_forward_state = _RandomState(device) if chain.random else None
+            x2 = x2 + layer.feed_forward_branch(x1)
         # The context is an input with a gradient, so it is kept as a saved tensor and not inside of info.
-        ctx.layers, ctx.info, ctx.replays, ctx.parameters = layers, replace(info, context=None), replays, parameters
-        ctx.save_for_backward(x1, x2, context)
+        ctx.layer, ctx.info, ctx.chain, ctx.parameters = layer, replace(info, context=None), chain, parameters
+        streams = (x1, x2) if chain.next_is_last() else (None, None)
+        ctx.save_for_backward(*streams, context)
         return x1, x2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
         y1, y2, context = ctx.saved_tensors
+        # Streams and gradients that come from the layer after this one are nobody else's: they are overwritten.
+        owned = y1 is None
+        if owned:
+            y1, y2 = ctx.chain.take()
+        layer, info = ctx.layer, ctx.info
         gradients: dict[Tensor, Tensor] = {}
-        info = ctx.info
         inputs: list[Tensor] = []
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[2])
             info = replace(info, context=context)
             inputs = [context] if context.requires_grad else []
-        for layer, replay in zip(reversed(ctx.layers), reversed(ctx.replays), strict=True):
-            needed = [p for name in _FEED_FORWARD for p in getattr(layer, name).parameters() if p.requires_grad]
-            branch = layer.feed_forward_branch
-            out, through = _rebuild(ctx, branch, y1, grad2, replay.feed_forward_state, needed, gradients)
-            y2 = y2 - out
-            grad1 = grad1 + through
 
-            def attend(x: Tensor, layer: ReversibleLayer = layer, buckets: Tensor | None = replay.buckets) -> Tensor:
-                return layer.attention_branch(x, info, buckets)[0]
+        def attend(x: Tensor) -> Tensor:
+            return layer.attention_branch(x, info, ctx.replays)[0]
 
-            needed = [p for name in _ATTENTION for p in getattr(layer, name).parameters() if p.requires_grad]
-            out, through = _rebuild(ctx, attend, y2, grad1, replay.attention_state, needed + inputs, gradients)
-            y1 = y1 - out
-            grad2 = grad2 + through
+        needed = [p for name in _FEED_FORWARD for p in getattr(layer, name).parameters() if p.requires_grad]
+        pieces = layer.feed_forward.pieces(y1.shape[1])
+        x2, grad1 = _undo(
+            ctx,
+            layer.feed_forward_branch,
+            y1,
+            y2,
+            grad1,
+            grad2,
+            pieces,
+            ctx.feed_forward_state,
+            needed,
+            gradients,
+            owned,
+        )
+        del y2
+        needed = [p for name in _ATTENTION for p in getattr(layer, name).parameters() if p.requires_grad]
+        whole = [slice(None)]
+        x1, grad2 = _undo(
+            ctx, attend, x2, y1, grad2, grad1, whole, ctx.attention_state, needed + inputs, gradients, owned
+        )
+        ctx.chain.streams = (x1, x2)
         needs1, needs2 = ctx.needs_input_grad[:2]
         of_context = None if context is None else gradients.get(context)
         of_parameters = (gradients.get(parameter) for parameter in ctx.parameters)
@@ -212,29 +255,50 @@ _ATTENTION = ("attention_norm", "attention", "attention_gate")
 _FEED_FORWARD = ("feed_forward_norm", "feed_forward", "feed_forward_gate")
 
 
-def _rebuild(
+def _undo(
     ctx: Any,
-    branch: Any,
+    branch: Callable[[Tensor], Tensor],
     x: Tensor,
-    grad_out: Tensor,
+    y: Tensor,
+    grad_x: Tensor,
+    grad_y: Tensor,
+    pieces: list[slice],
     state: _RandomState | None,
     needed: list[Tensor],
     gradients: dict[Tensor, Tensor],
+    in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Runs one block again, with a graph, and sends the gradient through it.
+    """Takes y = before + branch(x) back: runs the branch again, with a graph, and sends the gradient through it.
+
+    Args:
+        ctx: of the Function.
+        branch: a block of the layer, with its norm and gate.
+        x: what it read, [B, T, hidden_size].
+        y: the other stream, with what it wrote.
+        grad_x: gradient of x without what comes through the branch.
+        grad_y: gradient of y.
+        pieces: of the T tokens, which the branch takes one after the other.
+        state: of the random generators before the branch ran.
+        needed: parameters (and the context) whose gradients are added to ``gradients``.
+        gradients: by parameter.
+        in_place: whether ``y`` and ``grad_x`` may be overwritten with what is returned.
 
     Returns:
-        The block's output, without graph, and the gradient of its input. The gradients of ``needed`` (parameters, the
-        context) are added to ``gradients``.
+        ``before``, and the whole gradient of x.
     """
-    with torch.enable_grad(), ctx.autocast.context(), state.replayed() if state else contextlib.nullcontext():
-        leaf = x.detach().requires_grad_()
-        out = branch(leaf)
-    found = torch.autograd.grad(out, [leaf, *needed], grad_out.to(out.dtype), allow_unused=True)
-    for wanted, gradient in zip(needed, found[1:], strict=True):
-        if gradient is not None:
-            previous = gradients.get(wanted)
-            gradients[wanted] = gradient if previous is None else previous + gradient
-    through = found[0]
-    assert through is not None
-    return out.detach(), through
+    before, total = (y, grad_x) if in_place else (torch.empty_like(y), torch.empty_like(grad_x))
+    with state.replayed() if state else contextlib.nullcontext():
+        for tokens in pieces:
+            with torch.enable_grad(), ctx.autocast.context():
+                leaf = x[:, tokens].detach().requires_grad_()
+                out = branch(leaf)
+            torch.sub(y[:, tokens], out.detach(), out=before[:, tokens])
+            found = torch.autograd.grad(out, [leaf, *needed], grad_y[:, tokens].to(out.dtype), allow_unused=True)
+            del out
+            assert found[0] is not None
+            torch.add(grad_x[:, tokens], found[0], out=total[:, tokens])
+            for wanted, gradient in zip(needed, found[1:], strict=True):
+                if gradient is not None:
+                    previous = gradients.get(wanted)
+                    gradients[wanted] = gradient if previous is None else previous.add_(gradient)
+    return before, total

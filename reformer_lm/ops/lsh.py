@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from reformer_lm.ops.hashing import sort_by_bucket
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import KeyNorm, normalize_keys, shift_values
 from reformer_lm.ops.lsh_reference import lsh_attention_reference
 from reformer_lm.ops.lsh_torch import lsh_attention_torch
@@ -43,6 +44,7 @@ def lsh_attention(
     allow_duplicates: bool = True,
     documents_BT: Tensor | None = None,
     memory: tuple[Tensor, Tensor] | None = None,
+    kept: KeptAttention | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Exactly causal LSH attention with shared queries and keys.
@@ -63,6 +65,8 @@ def lsh_attention(
             document's tokens must stand together.
         memory: optional shared vectors [H, M, D] and values [H, M, D_v] that every token sees besides its matches; no
             token then attends to itself.
+        kept: what is given empty comes back filled; given again with the same input, that costs no forward pass. The
+            reference backend leaves it empty.
         backend: "torch" (any device), "flex" (CUDA; no dropout, no memory, duplicates counted), "reference" (the
             oracle, slow; no dropout), or "auto": flex where it can run, else torch, which a debug log says.
 
@@ -103,16 +107,22 @@ def lsh_attention(
             allow_duplicates=allow_duplicates,
             memory=memory,
         )
-    order = sort_by_bucket(buckets_BHRT)
     values = shift_values(v_BHTD, num_shifted_heads)
+    if kept is not None and kept.is_filled:
+        order, matched = None, kept.matched
+    else:
+        order = sort_by_bucket(buckets_BHRT)
+        places = torch.arange(order.start.shape[-1], device=order.start.device)
+        matched = (order.start < places).gather(-1, order.inverse).any(dim=-2)
+        if kept is not None:
+            kept.matched = matched
+    assert matched is not None
     # Without a match in any round a token reads itself; a head that reads what followed a match reads nothing.
-    places = torch.arange(order.start.shape[-1], device=order.start.device)
-    matched = (order.start < places).gather(-1, order.inverse).any(dim=-2)
     plain = torch.arange(v_BHTD.shape[1], device=v_BHTD.device) < v_BHTD.shape[1] - num_shifted_heads
     if backend == "flex":
         from reformer_lm.ops.lsh_flex import lsh_attention_flex
 
-        out = lsh_attention_flex(qk_BHTD, values, order, window=window, key_norm=key_norm)
+        out = lsh_attention_flex(qk_BHTD, values, order, window=window, key_norm=key_norm, kept=kept)
         return torch.where(matched.unsqueeze(-1), out, v_BHTD * plain.view(1, -1, 1, 1))
     alone = None
     if memory is None:
@@ -127,6 +137,7 @@ def lsh_attention(
         dropout_p=dropout_p,
         allow_duplicates=allow_duplicates,
         memory=memory,
+        kept=kept,
     )
 
 

@@ -29,7 +29,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +37,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from reformer_lm.ops.hashing import SortedBuckets
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import KeyNorm, normalize_keys
-
-# Places in a block of the mask. The kernels' own tiles, of 16 to 128 places, must divide it.
-BLOCK = 128
+from reformer_lm.ops.lsh_flex_blocks import BLOCK, BlockLists, Layout
 
 # Head dimensions: tensor cores want 16 at least, and up to these the kernels' tiles fit the shared memory of every
 # device (found by compiling them for compute capability 8.0, 8.6, 9.0 and 12.0). Of the greater ones some fit on some.
@@ -102,29 +101,50 @@ def _compiler_obstacle() -> str | None:
 
 
 def lsh_attention_flex(
-    qk_BHTD: Tensor, v_BHTD: Tensor, order: SortedBuckets, *, window: int, key_norm: KeyNorm
+    qk_BHTD: Tensor,
+    v_BHTD: Tensor,
+    order: SortedBuckets | None,
+    *,
+    window: int,
+    key_norm: KeyNorm,
+    kept: KeptAttention | None = None,
 ) -> Tensor:
     """Attention of the tokens that match any; see `reformer_lm.ops.lsh_attention` for the semantics.
 
     Args:
         qk_BHTD: shared query/key vectors [B, H, T, D]; `flex_obstacle` says what is possible.
         v_BHTD: values [B, H, T, D_v], already shifted where a head shifts.
-        order: from `sort_by_bucket`, each [B, H, R, T].
+        order: from `sort_by_bucket`, each [B, H, R, T]; None where ``kept`` has been filled.
         window: W.
         key_norm: see `normalize_keys`.
+        kept: filled by the first call with it, and used by the second.
 
     Returns:
         [B, H, T, D_v] in the dtype of ``v_BHTD``. Rows of tokens without a match in any round are 0, and no gradient
         flows from them: the caller puts something else in their place.
     """
-    return _LSHAttention.apply(qk_BHTD, v_BHTD, order.order, order.inverse, order.start, window, key_norm)
+    places = (None, None, None) if order is None else (order.order, order.inverse, order.start)
+    return _LSHAttention.apply(qk_BHTD, v_BHTD, *places, window, key_norm, kept)
 
 
 class _LSHAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qk: Tensor, v: Tensor, order: Tensor, inverse: Tensor, start: Tensor, window: int, key_norm: KeyNorm
+        ctx: Any,
+        qk: Tensor,
+        v: Tensor,
+        order: Tensor | None,
+        inverse: Tensor | None,
+        start: Tensor | None,
+        window: int,
+        key_norm: KeyNorm,
+        kept: KeptAttention | None,
     ) -> Tensor:
+        ctx.window, ctx.key_norm = window, key_norm
+        if kept is not None and kept.out is not None:
+            ctx.save_for_backward(qk, v, kept.out, kept.logsumexp, kept.order, kept.start)
+            return kept.out.detach()
+        assert order is not None and inverse is not None and start is not None
         batch, heads, tokens, _ = qk.shape
         wide = torch.promote_types(v.dtype, torch.float32)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -135,7 +155,7 @@ class _LSHAttention(torch.autograd.Function):
             for piece in _slices(qk, v):
                 q, values = flat_qk[piece], flat_v[piece]
                 keys = normalize_keys(q, key_norm)
-                layout = _Layout(q.shape[0], tokens, window, qk.device)
+                layout = Layout(q.shape[0], tokens, window, qk.device)
                 merged = torch.zeros(values.shape, dtype=wide, device=v.device)
                 total = merged.new_full(values.shape[:2], _NO_WEIGHT)
                 for r in range(order.shape[2]):
@@ -155,8 +175,10 @@ class _LSHAttention(torch.autograd.Function):
                 flat_out[piece] = merged.masked_fill_(nothing.unsqueeze(-1), 0.0).to(v.dtype)
                 logsumexp[piece] = total.masked_fill_(nothing, 0.0)
         # Sorting again in the backward pass would cost more time than 32-bit copies of the order cost memory.
-        ctx.save_for_backward(qk, v, out, logsumexp, order.int(), start.int())
-        ctx.window, ctx.key_norm = window, key_norm
+        order, start = order.int(), start.int()
+        ctx.save_for_backward(qk, v, out, logsumexp, order, start)
+        if kept is not None:
+            kept.fill(out, logsumexp, order, start)
         return out
 
     @staticmethod
@@ -175,7 +197,7 @@ class _LSHAttention(torch.autograd.Function):
                     leaf = q.detach().to(logsumexp.dtype).requires_grad_()
                     keys_with_graph = normalize_keys(leaf, ctx.key_norm)
                 keys = keys_with_graph.detach().to(qk.dtype)
-                layout = _Layout(q.shape[0], qk.shape[2], ctx.window, qk.device)
+                layout = Layout(q.shape[0], qk.shape[2], ctx.window, qk.device)
                 sums = [torch.zeros(x.shape, dtype=leaf.dtype, device=x.device) for x in (q, keys, values)]
                 for r in range(order.shape[2]):
                     order_now = flat_order[piece, r].long()
@@ -193,11 +215,11 @@ class _LSHAttention(torch.autograd.Function):
                 (through_keys,) = torch.autograd.grad(keys_with_graph, leaf, grad_keys)
                 flat_grad_qk[piece] = grad_q.add_(through_keys).to(qk.dtype)
                 flat_grad_v[piece] = grad_values.to(v.dtype)
-        return grad_qk, grad_v, None, None, None, None, None
+        return grad_qk, grad_v, None, None, None, None, None, None
 
 
 def _round_gradients(
-    inputs: tuple[Tensor, ...], merged: tuple[Tensor, ...], lowest: Tensor, layout: _Layout
+    inputs: tuple[Tensor, ...], merged: tuple[Tensor, ...], lowest: Tensor, layout: Layout
 ) -> tuple[Tensor, ...]:
     """Gradients of a round's inputs.
 
@@ -205,7 +227,7 @@ def _round_gradients(
         inputs: the queries, keys and values in sorted order, [P, .] each.
         merged: in sorted order, too, the gradient of the merged output [P, D_v], that output [P, D_v], and the merged
             logsumexp [P, 1].
-        lowest: [P], from `_Layout.lowest`.
+        lowest: [P], from `Layout.lowest`.
         layout: where the rows lie.
     """
     leaves = tuple(x.requires_grad_() for x in inputs)
@@ -237,90 +259,6 @@ def _inverse(order: Tensor) -> Tensor:
 def _gathered(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Of tensors [n, T, .] the tokens ``index`` [P] of the rows laid end to end: [P, .]."""
     return tuple(x.flatten(0, 1).index_select(0, index) for x in tensors)
-
-
-class BlockLists(NamedTuple):
-    """Which blocks hold an allowed pair, as FlexAttention takes it: int32, at most M listed for each of N blocks.
-
-    Attributes:
-        key_counts: [1, 1, N], for each block of queries how many blocks of keys it sees.
-        keys: [1, 1, N, M], which.
-        query_counts: [1, 1, N], for each block of keys how many blocks of queries see it.
-        queries: [1, 1, N, M], which.
-    """
-
-    key_counts: Tensor
-    keys: Tensor
-    query_counts: Tensor
-    queries: Tensor
-
-
-def window_block_lists(blocks: int, blocks_per_row: int, window: int, device: torch.device) -> BlockLists:
-    """Lists, for each block, itself and the blocks of its row that its window of ``window`` places reaches back to.
-
-    Args:
-        blocks: N, of all rows together.
-        blocks_per_row: how many blocks a row takes; what is left at the end makes a row of its own.
-        window: W, in places.
-        device: where the lists are wanted.
-    """
-    # The first place of a block looks W places back, and nobody farther than a row. M = reach + 1 is compiled in: it
-    # follows from the window, and where rows are shorter takes few values only, next to powers of two.
-    reach = min(-(-window // BLOCK), 1 << max(0, blocks_per_row - 2).bit_length())
-    own = torch.arange(blocks, dtype=torch.int32, device=device).view(1, 1, -1)
-    row_begin = own - own % blocks_per_row
-    first = torch.maximum(own - reach, row_begin)
-    last = torch.minimum(own + reach, row_begin + blocks_per_row - 1).clamp_max_(blocks - 1)
-    columns = torch.arange(reach + 1, dtype=torch.int32, device=device)
-    # Behind its end a list repeats its last block: never read, and in any case a block that exists.
-    keys = torch.minimum(first.unsqueeze(-1) + columns, own.unsqueeze(-1))
-    queries = torch.minimum(own.unsqueeze(-1) + columns, last.unsqueeze(-1))
-    # None of the four is a view: the compiler would go by the sizes of what it is a view of, too.
-    return BlockLists(own - first + 1, keys, last - own + 1, queries)
-
-
-class _Layout:
-    """How the n rows of a slice lie one behind the other, in N blocks of P places together.
-
-    A row of T tokens is followed by filling up to whole blocks; filling stands for the row's first token, sees itself
-    only, and nobody else sees it. There are never fewer than two blocks, since torch compiles apart for a size of one.
-
-    Attributes:
-        block_lists: see `window_block_lists`.
-    """
-
-    def __init__(self, rows: int, tokens: int, window: int, device: torch.device) -> None:
-        # A window longer than the sequence means the sequence.
-        self._tokens, self._window = tokens, min(window, tokens)
-        blocks_per_row = -(-tokens // BLOCK)
-        blocks = max(2, rows * blocks_per_row)
-        self._place = torch.arange(blocks * BLOCK, device=device)
-        self._place_in_row = self._place[: blocks_per_row * BLOCK].expand(rows, -1)
-        self._row = torch.arange(rows, device=device).unsqueeze(1)
-        self.block_lists = window_block_lists(blocks, blocks_per_row, window, device)
-
-    def tokens_in(self, order: Tensor) -> Tensor:
-        """For each place the token that stands there, in the rows laid end to end: [P] from order [n, T]."""
-        index = torch.zeros_like(self._place_in_row, memory_format=torch.contiguous_format)
-        index[:, : self._tokens] = order
-        return self._fill_up(index + self._row * self._tokens, torch.zeros_like(self._place))
-
-    def places_of(self, inverse: Tensor) -> Tensor:
-        """For each token of the rows laid end to end its place: [n * T] from inverse [n, T]."""
-        return (inverse + self._row * self._place_in_row.shape[1]).flatten()
-
-    def lowest(self, start: Tensor) -> Tensor:
-        """The first place that each place sees, itself where it sees no other: int32 [P] from start [n, T]."""
-        lowest = self._place_in_row.clone(memory_format=torch.contiguous_format)
-        lowest[:, : self._tokens] = torch.maximum(start, lowest[:, : self._tokens] - self._window)
-        return self._fill_up(lowest + self._row * lowest.shape[1], self._place).int()
-
-    def has_match(self, lowest: Tensor) -> Tensor:
-        """Whether each place sees another than itself: bool [P]."""
-        return lowest < self._place
-
-    def _fill_up(self, x: Tensor, filling: Tensor) -> Tensor:
-        return torch.cat((x.flatten(), filling[x.numel() :]))
 
 
 def _attend_round(inputs: tuple[Tensor, ...], lowest: Tensor, block_lists: BlockLists) -> tuple[Tensor, Tensor]:

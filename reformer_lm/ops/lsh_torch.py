@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reformer_lm.ops.hashing import SortedBuckets
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import KeyNorm, normalize_keys
 from reformer_lm.ops.lsh_slice import NO_WEIGHT, Settings, Slice
 
@@ -32,7 +33,7 @@ _SLICE_ELEMENTS_ELSEWHERE = 1 << 25
 def lsh_attention_torch(
     qk_BHTD: Tensor,
     v_BHTD: Tensor,
-    order: SortedBuckets,
+    order: SortedBuckets | None,
     alone: Tensor | None,
     *,
     window: int,
@@ -40,13 +41,14 @@ def lsh_attention_torch(
     dropout_p: float = 0.0,
     allow_duplicates: bool = True,
     memory: tuple[Tensor, Tensor] | None = None,
+    kept: KeptAttention | None = None,
 ) -> Tensor:
     """See `reformer_lm.ops.lsh_attention` for the semantics.
 
     Args:
         qk_BHTD: shared query/key vectors [B, H, T, D].
         v_BHTD: values [B, H, T, D_v], already shifted where a head shifts.
-        order: from `sort_by_bucket`, each [B, H, R, T].
+        order: from `sort_by_bucket`, each [B, H, R, T]; None where ``kept`` has been filled.
         alone: optional int64, which of the B * H * T tokens read their own value, since they match none in any round.
             Others without a match read nothing.
         window: W.
@@ -54,6 +56,7 @@ def lsh_attention_torch(
         dropout_p: probability of dropping an attention weight.
         allow_duplicates: whether a key met in several rounds counts once for each of them.
         memory: keys [H, M, D] and values [H, M, D_v] that every token sees.
+        kept: filled by the first call with it, and used by the second.
 
     Returns:
         [B, H, T, D_v] in the dtype of ``v_BHTD``.
@@ -63,9 +66,8 @@ def lsh_attention_torch(
     # A window longer than the sequence means the sequence.
     settings = Settings(min(window, qk_BHTD.shape[2]), key_norm, dropout_p, seed, allow_duplicates)
     memory_keys, memory_values = (None, None) if memory is None else memory
-    return _LSHAttention.apply(
-        qk_BHTD, v_BHTD, memory_keys, memory_values, order.order, order.inverse, order.start, alone, settings
-    )
+    places = (None, None, None) if order is None else (order.order, order.inverse, order.start)
+    return _LSHAttention.apply(qk_BHTD, v_BHTD, memory_keys, memory_values, *places, alone, settings, kept)
 
 
 class _LSHAttention(torch.autograd.Function):
@@ -76,12 +78,20 @@ class _LSHAttention(torch.autograd.Function):
         v: Tensor,
         memory_keys: Tensor | None,
         memory_values: Tensor | None,
-        order: Tensor,
-        inverse: Tensor,
-        start: Tensor,
+        order: Tensor | None,
+        inverse: Tensor | None,
+        start: Tensor | None,
         alone: Tensor | None,
         settings: Settings,
+        kept: KeptAttention | None,
     ) -> Tensor:
+        ctx.settings = settings
+        if kept is not None and kept.out is not None:
+            ctx.save_for_backward(
+                qk, v, memory_keys, memory_values, kept.out, kept.logsumexp, kept.order, kept.start, alone
+            )
+            return kept.out.detach()
+        assert order is not None and start is not None
         batch, heads, tokens, _ = qk.shape
         rows = batch * heads
         wide = torch.promote_types(qk.dtype, torch.float32)
@@ -101,7 +111,8 @@ class _LSHAttention(torch.autograd.Function):
         if alone is not None:
             out.view(-1, v.shape[-1])[alone] = v.reshape(-1, v.shape[-1]).index_select(0, alone)
         ctx.save_for_backward(qk, v, memory_keys, memory_values, out, logsumexp, order, start, alone)
-        ctx.settings = settings
+        if kept is not None:
+            kept.fill(out, logsumexp, order, start)
         return out
 
     @staticmethod
@@ -145,7 +156,7 @@ class _LSHAttention(torch.autograd.Function):
                 g.unflatten(0, (batch, heads)).sum(0).to(m.dtype)
                 for g, m in zip(grad_memory, (memory_keys, memory_values), strict=True)
             )
-        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None, None
+        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None, None, None
 
 
 def _pieces(

@@ -13,6 +13,7 @@ import attention_memory
 import attention_peers
 import attention_plots
 import attention_profile
+import machine
 import pytest
 import torch
 from attention_peers import CONTENDERS, HASHES, HEAD_DIM, HEADS
@@ -365,8 +366,8 @@ def test_ticks() -> None:
     ],
 )
 def test_a_result_file_per_processor(monkeypatch: pytest.MonkeyPatch, processor: str, name: str) -> None:
-    monkeypatch.setattr(attention, "describe_machine", lambda: {"processor": processor, "gpu": None})
-    assert attention.default_result_file("cpu").name == f"attention_{name}.json"
+    monkeypatch.setattr(machine, "_processor", lambda: processor)
+    assert machine.default_result_file("attention", "cpu").name == f"attention_{name}.json"
 
 
 def test_the_page_shows_the_result_files() -> None:

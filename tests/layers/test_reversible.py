@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from reformer_lm import ReformerLMConfig
-from reformer_lm.layers.attention import SequenceInfo
 from reformer_lm.layers.reversible import ReversibleStack
+from reformer_lm.layers.sequence import SequenceInfo
+from reformer_lm.ops.lsh_slice import Slice
 
 ALWAYS_PLAIN = 1_000_000
 
@@ -48,6 +51,13 @@ OPTIONS = [
     {"lsh_mask": "chunked"},
     {"norm_type": "scalenorm", "ff_activation": "swiglu", "ff_chunk_size": 7},
     {"norm_type": "rezero"},
+    {"ff_chunk_size": 7, "hidden_dropout_prob": 0.2, "activation_dropout": 0.1, "attention_dropout": 0.2},
+    {"num_mem_kv": 2, "allow_duplicate_attention": False},
+    {"attn_chunks": 4},
+    # Groups of one head and of two, local and LSH heads together.
+    {"attn_chunks": 3, "num_local_heads": 1, "num_shifted_heads": 1, "num_mem_kv": 2, "full_attention_threshold": 10},
+    {"attn_chunks": 2, "hidden_dropout_prob": 0.2, "attention_dropout": 0.2},
+    {"attn_chunks": 2, "lsh_mask": "chunked", "attention_dropout": 0.2, "local_keys": "shared"},
     {"num_local_heads": 0, "num_shifted_heads": 1},
     {"num_local_heads": 4},
     {"full_attention_threshold": 10},
@@ -61,8 +71,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 23])
-def test_gradients_equal_plain_autograd(options: dict[str, object], tokens: int) -> None:
-    stack = make_stack(**options)
+@pytest.mark.parametrize("reversible", ["full", "keep_attention"])
+def test_gradients_equal_plain_autograd(reversible: str, options: dict[str, object], tokens: int) -> None:
+    stack = make_stack(reversible=reversible, **options)
     x = torch.randn(2, tokens, 16, dtype=torch.float64)
     outputs, gradients = run(stack, 0, x)
     expected_outputs, expected = run(stack, ALWAYS_PLAIN, x)
@@ -154,14 +165,115 @@ def test_autocast_state_is_replayed(inside: bool) -> None:
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 0.02
 
 
-def test_only_the_last_pair_is_kept() -> None:
+def kept_sizes(stack: ReversibleStack, tokens: int) -> list[int]:
+    """Numbers of elements of all tensors that the graph of a forward pass keeps."""
+    sizes: list[int] = []
+    x = torch.randn(1, tokens, 16, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        stack(x, x, SequenceInfo(torch.arange(tokens).unsqueeze(0)))
+    return sizes
+
+
+@pytest.mark.parametrize("reversible", ["full", "keep_attention"])
+def test_only_the_last_pair_is_kept(reversible: str) -> None:
     """The number of tensors that the graph keeps does not grow with depth."""
-    kept = {}
-    for depth in (2, 6):
-        stack = make_stack(num_hidden_layers=depth)
-        sizes: list[int] = []
-        x = torch.randn(1, 40, 16, dtype=torch.float64, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            stack(x, x, SequenceInfo(torch.arange(40).unsqueeze(0)))
-        kept[depth] = sizes
+    kept = {depth: kept_sizes(make_stack(num_hidden_layers=depth, reversible=reversible), 40) for depth in (2, 6)}
     assert kept[2] == kept[6] == [640, 640]
+
+
+def test_off_keeps_every_activation() -> None:
+    assert len(kept_sizes(make_stack(reversible="off"), 40)) > 3 * 20
+
+
+def test_kept_attention_does_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = Slice.forward
+    monkeypatch.setattr(Slice, "forward", lambda self: calls.append(1) or forward(self))
+    x = torch.randn(1, 23, 16, dtype=torch.float64)
+    for reversible, times in (("full", 2), ("keep_attention", 1), ("off", 1)):
+        stack = make_stack(reversible=reversible)
+        run(stack, 0, x)
+        assert len(calls) == times * len(stack.layers), reversible
+        calls.clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_local_heads": 1, "num_mem_kv": 2}, {"lsh_mask": "chunked"}], ids=str)
+def test_groups_of_heads_make_no_difference(options: dict[str, object]) -> None:
+    x = torch.randn(2, 23, 16, dtype=torch.float64)
+    expected_outputs, expected = run(make_stack(**options), 0, x)
+    for chunks in (2, 3, 4, 9):
+        outputs, gradients = run(make_stack(attn_chunks=chunks, **options), 0, x)
+        for one, other in zip(outputs, expected_outputs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reversible", ["full", "keep_attention", "off"])
+def test_groups_of_heads_attend_as_often_as_all_heads_together(
+    reversible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = []
+    forward = Slice.forward
+    monkeypatch.setattr(Slice, "forward", lambda self: heads.append(self.q.shape[0]) or forward(self))
+    stack = make_stack(reversible=reversible, attn_chunks=4)
+    run(stack, 0, torch.randn(1, 23, 16, dtype=torch.float64))
+    times = {"full": 2, "keep_attention": 1, "off": 1}[reversible]
+    assert heads == [1] * (2 * times * len(stack.layers))
+
+
+@pytest.mark.parametrize("reversible", ["full", "off"])
+def test_inner_activations_of_one_piece_at_a_time(reversible: str) -> None:
+    """The 64 numbers per token inside the feed-forward block are alive for no more than one piece of tokens."""
+    stack = make_stack(reversible=reversible, ff_chunk_size=5)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watch(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal most
+        assert out.shape[1:] <= (5, 64)
+        alive.append(weakref.ref(out.untyped_storage()))
+        most = max(most, sum(storage() is not None for storage in alive))
+
+    for layer in stack.layers:
+        layer.feed_forward.inner.register_forward_hook(watch)
+    run(stack, 0, torch.randn(1, 23, 16, dtype=torch.float64))
+    # Five pieces a layer, forward and backward.
+    assert len(alive) == 2 * 5 * len(stack.layers)
+    # The last one's variable lives until the next is there.
+    assert most <= 2
+
+
+def test_a_second_backward_pass_over_the_same_graph() -> None:
+    stack = make_stack()
+    x = torch.randn(1, 23, 16, dtype=torch.float64)
+    y1, y2 = stack(x, 2 * x, SequenceInfo(torch.arange(23).unsqueeze(0)))
+    loss = y1.sin().sum() + (y2 * y2).sum()
+    first, second = (torch.autograd.grad(loss, list(stack.parameters()), retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backward_passes_of_two_forward_passes_do_not_mix() -> None:
+    stack = make_stack()
+    info = SequenceInfo(torch.arange(9).unsqueeze(0))
+    pieces = torch.randn(2, 1, 9, 16, dtype=torch.float64)
+    losses = [sum(y.sin().sum() for y in stack(x, x, info)) for x in pieces]
+    together = [torch.autograd.grad(loss, list(stack.parameters())) for loss in reversed(losses)][::-1]
+    for x, gradients in zip(pieces, together, strict=True):
+        alone = torch.autograd.grad(sum(y.sin().sum() for y in stack(x, x, info)), list(stack.parameters()))
+        for one, other in zip(gradients, alone, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_early_layers_frozen_stop_the_backward_pass_there() -> None:
+    stack = make_stack()
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    run(stack, 0, x)
+    expected = [p.grad.clone() for p in stack.layers[2].parameters()]
+    stack.zero_grad()
+    stack.layers[:2].requires_grad_(False)
+    y1, y2 = stack(x, 2 * x, SequenceInfo(torch.arange(9).unsqueeze(0)))
+    (y1.sin().sum() + (y2 * y2).sum()).backward()
+    for parameter, other in zip(stack.layers[2].parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-10, atol=1e-10)
+    assert all(p.grad is None for p in stack.layers[:2].parameters())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reformer_lm.ops import lsh_blocks, lsh_slice, lsh_torch
 from reformer_lm.ops.hashing import hash_vectors, sample_rotations
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.lsh import lsh_attention
 
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
@@ -195,6 +196,36 @@ def test_non_contiguous_inputs() -> None:
     expected = lsh_attention(qk, v, buckets, window=8)
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (qk, v)]
     torch.testing.assert_close(lsh_attention(*strided, buckets, window=8), expected, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_shifted_heads": 1},
+        {"dropout_p": 0.3},
+        {"allow_duplicates": False},
+        {"documents_BT": torch.tensor([[0] * 20 + [1] * 17] * 2)},
+        {"memory": (torch.randn(3, 2, 8, dtype=torch.float64), torch.randn(3, 2, 8, dtype=torch.float64))},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_what_was_kept_is_not_computed_again(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    # So many buckets that some tokens find nothing.
+    qk, v, buckets = make_inputs(2, 3, 37, 8, 2, 40, seed=0)
+    options = {**options, "window": 5, "kept": KeptAttention()}
+    if "memory" in options:
+        options["memory"] = tuple(x.requires_grad_() for x in options["memory"])
+    torch.manual_seed(1)
+    first = outputs_and_gradients(qk, v, buckets, **options)
+    after = torch.get_rng_state()
+    assert options["kept"].is_filled
+    monkeypatch.setattr(lsh_slice.Slice, "forward", None)
+    torch.manual_seed(1)
+    for one, other in zip(outputs_and_gradients(qk, v, buckets, **options), first, strict=True):
+        assert torch.equal(one, other)
+    # What draws random numbers afterwards draws the same.
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_the_chosen_backend_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reformer_lm.ops import lsh_flex
+from reformer_lm.ops import lsh_flex, lsh_flex_blocks
 from reformer_lm.ops.hashing import hash_vectors, sample_rotations, sort_by_bucket
+from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import shift_values
-from reformer_lm.ops.lsh_flex import BlockLists, flex_obstacle, lsh_attention_flex
+from reformer_lm.ops.lsh_flex import flex_obstacle, lsh_attention_flex
+from reformer_lm.ops.lsh_flex_blocks import BlockLists
 from reformer_lm.ops.lsh_reference import lsh_attention_reference
 
 TIGHT = {"rtol": 0.0, "atol": 1e-10}
@@ -50,7 +52,7 @@ def dense_round(inputs: tuple[Tensor, ...], lowest: Tensor, block_lists: BlockLi
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense equivalent in place of FlexAttention, in small blocks, so that a short sequence has several."""
     monkeypatch.setattr(lsh_flex, "_attend_round", dense_round)
-    monkeypatch.setattr(lsh_flex, "BLOCK", 16)
+    monkeypatch.setattr(lsh_flex_blocks, "BLOCK", 16)
 
 
 def make_inputs(
@@ -126,7 +128,7 @@ def test_merge_and_gradients_equal_the_reference(
     inputs = make_inputs(batch, heads, tokens, dims[0], rounds, buckets, seed, dims[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lsh_flex, "_attend_round", dense_round)
-        patch.setattr(lsh_flex, "BLOCK", block)
+        patch.setattr(lsh_flex_blocks, "BLOCK", block)
         patch.setattr(lsh_flex, "_SLICE_ELEMENTS", slice_elements)
         assert_equals_the_reference(*inputs, window=window, key_norm=key_norm, shifted=min(shifted, heads))
 
@@ -251,6 +253,20 @@ def test_what_is_saved_for_the_backward_pass(dense: None) -> None:
     token_bytes = sum(x.numel() * x.element_size() for x in saved) / (2 * 150)
     # qk, v and the output in bfloat16, the logsumexp in float32, order and start of three rounds in int32.
     assert token_bytes == 3 * 16 * 2 + 4 + 3 * 2 * 4
+
+
+def test_what_was_kept_is_not_computed_again(dense: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    qk, v, buckets = make_inputs(2, 2, 37, 8, 3, 4, seed=0)
+    order = sort_by_bucket(buckets)
+    kept = KeptAttention()
+    first = lsh_attention_flex(qk, v, order, window=5, key_norm="rms", kept=kept)
+    expected = gradients(first, qk, v)
+    with monkeypatch.context() as patch:
+        patch.setattr(lsh_flex, "_attend_round", None)
+        again = lsh_attention_flex(qk, v, None, window=5, key_norm="rms", kept=kept)
+    assert torch.equal(again, first)
+    for one, other in zip(gradients(again, qk, v), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_round_of_sorted_copies_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from reformer_lm.ops import lsh_flex
 from reformer_lm.ops.hashing import sort_by_bucket
-from reformer_lm.ops.lsh_flex import BLOCK, lsh_attention_flex, window_block_lists
+from reformer_lm.ops.lsh_flex import lsh_attention_flex
+from reformer_lm.ops.lsh_flex_blocks import BLOCK, Layout, window_block_lists
 
 
 def dense_mask(lowest: Tensor) -> Tensor:
@@ -41,10 +42,10 @@ def compilations() -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
-def random_layout(rows: int, tokens: int, window: int, buckets: int, seed: int) -> tuple[lsh_flex._Layout, Tensor]:
+def random_layout(rows: int, tokens: int, window: int, buckets: int, seed: int) -> tuple[Layout, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     order = sort_by_bucket(torch.randint(0, buckets, (rows, tokens), generator=generator))
-    layout = lsh_flex._Layout(rows, tokens, window, torch.device("cpu"))
+    layout = Layout(rows, tokens, window, torch.device("cpu"))
     return layout, layout.lowest(order.start)
 
 
@@ -106,7 +107,7 @@ def test_few_widths_of_block_lists_for_any_length() -> None:
     # Each width is a compilation.
     for window, most in ((64, 1), (128, 1), (300, 3), (10**9, 11)):
         widths = {
-            lsh_flex._Layout(1, tokens, window, torch.device("cpu")).block_lists.keys.shape[3]
+            Layout(1, tokens, window, torch.device("cpu")).block_lists.keys.shape[3]
             for tokens in range(1, 1 << 17, 997)
         }
         assert len(widths) <= most

@@ -1,0 +1,31 @@
+"""What every layer knows of the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """What every layer knows of the sequence besides the hidden states.
+
+    Attributes:
+        position_ids: int64 [B or 1, T].
+        mask: optional bool [B, T], True for real tokens. Needed in chunked mode only: in causal mode padding stands
+            behind the last real token, where nothing real can see it.
+        documents: optional int64 [B, T], constant over each document; tokens see their own document only.
+        attention_mask: optional bool [B or 1, T, T], True where a query may see a key; chunked mode only.
+        context: optional [B, C, hidden_size], vectors of another sequence that every token sees; chunked mode only.
+        context_mask: optional bool [B, C], False for padding of the context.
+        hash_step: number of the training step with ``rehash="step"``, else None (fixed rotations).
+    """
+
+    position_ids: Tensor
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+    attention_mask: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    hash_step: int | None = None
