@@ -23,7 +23,7 @@ DEFAULT_VALIDATION = "data/val.json"
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 # Options that say how to start, not what to train: they make no sense in a configuration file.
-COMMAND_LINE_ONLY = ("model_config", "resume")
+COMMAND_LINE_ONLY = ("model_config", "resume", "estimate")
 
 Check = Callable[[Any], str | None]
 
@@ -104,6 +104,7 @@ class TrainingArguments:
     output_dir: str = _option("model/", str, "folder for the trained model", _not_blank)
     writer_dir: str = _option("tensorboard_summary/", str, "folder for TensorBoard", _not_blank)
     resume: bool = _option(False, bool, "go on from the newest checkpoint in output_dir, exactly")
+    estimate: bool = _option(False, bool, "say how much memory a step would take, and train nothing")
     quiet: bool = _option(False, bool, "print only validation and the result")
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
+from reformer_lm.config import ReformerLMConfig
 from reformer_lm.corpus import EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.text import load_tokenizer, tokenizer_fingerprint
@@ -24,6 +25,7 @@ from reformer_lm.training.devices import choose_device, create_accelerator, desc
 from reformer_lm.training.evaluation import perplexity
 from reformer_lm.training.interruption import StopRequest
 from reformer_lm.training.loop import LoopSettings, TrainingLoop
+from reformer_lm.training.memory import advice, estimate_memory, explained_out_of_memory, free_memory
 from reformer_lm.training.models import ModelSource, choose_model, load_model
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer, default_warmup
 from reformer_lm.training.reporting import Reporter
@@ -46,12 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         complain(error)
         return EXIT_WRONG_INPUT
-    except torch.OutOfMemoryError:
-        complain(
-            "the device's memory is too small; give a smaller --batch_size with a larger "
-            "--gradient_accumulation, or a smaller --max_seq_len"
-        )
-        return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -65,10 +61,15 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     config_is_given = "model_config" in request.given
     source = choose_model(request.config_file, config_is_given, folder, tokenizer)
     length = _window_length(arguments, source)
+    mixed = arguments.fp16 or arguments.bf16
+    if arguments.estimate:
+        _print_estimate(arguments, source.config, length, accelerator.device)
+        return EXIT_OK
     for path, flag in ((arguments.output_dir, "--output_dir"), (arguments.writer_dir, "--writer_dir")):
         require_writable_folder(path, flag)
 
-    with Reporter(arguments.log_step, arguments.quiet) as reporter:
+    explained = explained_out_of_memory(source.config, arguments.batch_size, length, mixed)
+    with Reporter(arguments.log_step, arguments.quiet) as reporter, explained:
         stream, index = prepare_training_stream(request, tokenizer, reporter)
         held_out = prepare_validation_stream(request, tokenizer, reporter)
         windows = TokenWindows(stream, length, arguments.stride or length)
@@ -116,6 +117,21 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
             reporter.start(loop.progress.step, schedule.total_steps, arguments.writer_dir)
             loop.run()
             return _finish(request, given, loop, reporter, stop)
+
+
+def _print_estimate(arguments: TrainingArguments, config: ReformerLMConfig, length: int, device: torch.device) -> None:
+    precision = torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 else None
+    with explained_out_of_memory(config, arguments.batch_size, length, precision is not None):
+        estimate = estimate_memory(config, arguments.batch_size, length, device, precision)
+    print(f"a training step with windows of {length:,} tokens, {arguments.batch_size} to a batch, on {device}:")
+    print("\n".join(estimate.lines()))
+    free = free_memory(device)
+    if free is None:
+        return
+    print(f"{'free':<12} {free / 2**30:8.2f} GiB")
+    if estimate.total > free:
+        ways = advice(config, arguments.batch_size, length, precision is not None)
+        print(f"that is more than is free; what takes less: {ways}")
 
 
 def _plan(
