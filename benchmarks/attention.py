@@ -16,10 +16,7 @@ measured again.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,58 +30,12 @@ from attention_peers import (
     HEAD_DIM,
     HEADS,
     LENGTH_MULTIPLE,
-    Call,
     make_inputs,
     why_missing,
 )
 from attention_profile import measure_ceiling, profile_ours, useful_operations
 from machine import ROOT, default_result_file, describe_machine
-
-
-def seconds_of(call: Call, device: str) -> float:
-    """Seconds of one call; on CUDA until its last kernel has finished."""
-    if device == "cuda":
-        # Other contenders may have driven this one's blocks out of the allocator's cache: call it once untimed.
-        call()
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    result = call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - begin
-    del result
-    return elapsed
-
-
-def measure_times(calls: dict[str, Call], repetitions: int, device: str) -> dict[str, dict[str, Any]]:
-    """Times all calls in rounds, after one round that does not count; the order rotates.
-
-    Args:
-        calls: by name.
-        repetitions: rounds that count.
-        device: "cpu" or "cuda".
-
-    Returns:
-        By name: all samples, their median, least and largest, and the warm-up call, in seconds.
-    """
-    warm_up = {name: seconds_of(call, device) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for repetition in range(repetitions):
-        first = repetition % len(names)
-        gc.collect()
-        for name in names[first:] + names[:first]:
-            samples[name].append(seconds_of(calls[name], device))
-    return {
-        name: {
-            "seconds": taken,
-            "median_s": statistics.median(taken),
-            "min_s": min(taken),
-            "max_s": max(taken),
-            "warm_up_s": warm_up[name],
-        }
-        for name, taken in samples.items()
-    }
+from timing import measure_times
 
 
 def why_not(

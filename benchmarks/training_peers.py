@@ -68,7 +68,9 @@ def _gpt2(sizes: Sizes, checkpointing: bool = False) -> nn.Module:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name from transformers 5.2x on, and before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     return model
 
 

@@ -20,6 +20,9 @@ def linear_cross_entropy(
     A chunk of tokens at a time: its logits are formed, give the loss and, where gradients are wanted, at once the
     gradients, and are dropped. Softmax and sums are in float32 (float64 for float64 input).
 
+    Beside torch's own chunked `torch.nn.functional.linear_cross_entropy` (2.13): as fast in float32, and in half
+    precision the sum is not rounded to that type; without gradients none are computed.
+
     Args:
         hidden: [N, hidden].
         weight: [vocabulary, hidden].
@@ -53,22 +56,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 piece, targets = hidden[begin : begin + step], labels[begin : begin + step]
                 logits = (piece @ weight.t()).to(wide)
                 if bias is not None:
-                    logits = logits + bias
+                    logits += bias
                 counted = (targets != ignore_index).unsqueeze(1)
                 index = targets.unsqueeze(1).masked_fill(~counted, 0)
-                lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-                losses = (lse - logits.gather(1, index)).masked_fill(~counted, 0.0)
-                total += losses.sum()
+                of_target = logits.gather(1, index)
+                highest = logits.amax(dim=-1, keepdim=True)
+                weights = logits.sub_(highest).exp_()
+                norm = weights.sum(dim=-1, keepdim=True)
+                losses = norm.log() + highest - of_target
+                total += losses.masked_fill_(~counted, 0.0).sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
-                # d loss / d logits = softmax - onehot.
-                grad = logits.sub_(lse).exp_()
-                grad.scatter_add_(1, index, torch.full_like(lse, -1.0)).masked_fill_(~counted, 0.0)
+                # d loss / d logits = softmax - onehot, 0 where a token does not count.
+                grad = weights.mul_(counted / norm)
+                grad.scatter_add_(1, index, -counted.to(wide))
                 narrow = grad.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[begin : begin + step] = narrow @ weight
+                    torch.mm(narrow, weight, out=grad_hidden[begin : begin + step])
                 if grad_weight is not None:
-                    grad_weight += narrow.t() @ piece
+                    if narrow.dtype == wide:
+                        grad_weight.addmm_(narrow.t(), piece)
+                    else:
+                        grad_weight += narrow.t() @ piece
                 if grad_bias is not None:
                     grad_bias += grad.sum(dim=0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
