@@ -58,9 +58,8 @@ class LocalRing:
         self._reserve(k_BHTD, v_BHTD)
         real = places < counts.unsqueeze(1)
         index = places.clamp_max(tokens - 1)[:, None, :, None]
-        self._write(
-            *(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k_BHTD, v_BHTD)), places, real
-        )
+        last_k, last_v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k_BHTD, v_BHTD))
+        self._write(last_k, last_v, places, real)
         self.lengths = self._newest = self.lengths + counts
 
     @torch.no_grad()
@@ -83,7 +82,7 @@ class LocalRing:
         for begin in range(0, tokens, _MOST_AT_ONCE):
             piece = slice(begin, begin + _MOST_AT_ONCE)
             real = (counts - begin).clamp(0, min(_MOST_AT_ONCE, tokens - begin))
-            parts.append(self._attend_piece(*(x[:, :, piece] for x in (q_BHTD, k_BHTD, v_BHTD)), real))
+            parts.append(self._attend_piece(q_BHTD[:, :, piece], k_BHTD[:, :, piece], v_BHTD[:, :, piece], real))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _attend_piece(self, q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:

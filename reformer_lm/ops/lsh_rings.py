@@ -36,6 +36,8 @@ class LSHRings:
         key_norm: length of the keys.
         num_shifted_heads: the last so many heads read what followed a match.
         allow_duplicates: whether a key met in several rounds counts once for each.
+        full_attention_threshold: the first so many tokens attend to all before them.
+        device: where everything is.
 
     Attributes:
         lengths: int64 [B], tokens so far.
@@ -52,10 +54,11 @@ class LSHRings:
         key_norm: KeyNorm = "rms",
         num_shifted_heads: int = 0,
         allow_duplicates: bool = True,
+        full_attention_threshold: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.window, self.key_norm, self.num_buckets = window, key_norm, num_buckets
-        self.allow_duplicates = allow_duplicates
+        self.allow_duplicates, self.full_attention_threshold = allow_duplicates, full_attention_threshold
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         # How far behind a match the value that is read stands.
         self._shift = (torch.arange(heads, device=device) >= heads - num_shifted_heads).long()
@@ -179,19 +182,39 @@ class LSHRings:
             parts.append(among + times.to(wide).log())
         if memory is not None:
             parts.append((qk @ normalize_keys(memory[0], self.key_norm).transpose(-1, -2)).to(wide) * factor)
-        weights = torch.cat(parts, dim=-1).softmax(dim=-1)
-        # Nothing to see in any round: a row of -inf gave NaN.
-        alone = torch.cat(parts, dim=-1).amax(dim=-1, keepdim=True) == -math.inf
-        weights = weights.masked_fill(alone, 0.0).to(v.dtype)
-        pieces = weights.split([part.shape[-1] for part in parts], dim=-1)
-        out = (pieces[0].unsqueeze(-2) @ values).squeeze(-2)
+        weights, alone = _softmax(parts, v.dtype)
+        out = (weights[0].unsqueeze(-2) @ values).squeeze(-2)
         if tokens > 1:
             following = torch.where(self._shift.view(1, -1, 1, 1) == 1, v.roll(-1, dims=2), v)
-            out = out + pieces[1] @ following
+            out = out + weights[1] @ following
         if memory is not None:
-            out = out + pieces[-1] @ memory[1]
+            out = out + weights[-1] @ memory[1]
+        early = places < self.full_attention_threshold
+        if bool((early & real).any()):
+            among_all, nobody = self._attend_to_all(qk, places, memory, int(places.max()))
+            out = torch.where(early[:, None, :, None], among_all, out)
+            alone = torch.where(early[:, None, :, None], nobody, alone)
         itself = (self._shift == 0).view(1, -1, 1, 1) & alone
         return torch.where(itself, v, out)
+
+    def _attend_to_all(
+        self, qk: Tensor, places: Tensor, memory: tuple[Tensor, Tensor] | None, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of tokens at these places over all before them; and which tokens have none before them."""
+        assert self._keys is not None and self._values is not None
+        count = min(last, self.full_attention_threshold) + 1
+        wide = torch.promote_types(qk.dtype, torch.float32)
+        factor = 1.0 / math.sqrt(qk.shape[-1])
+        logits = (qk @ self._keys[:, :, :count].transpose(-1, -2)).to(wide) * factor
+        earlier = torch.arange(logits.shape[-1], device=qk.device) < places.unsqueeze(-1)
+        parts = [logits.masked_fill(~earlier.unsqueeze(1), -math.inf)]
+        if memory is not None:
+            parts.append((qk @ normalize_keys(memory[0], self.key_norm).transpose(-1, -2)).to(wide) * factor)
+        weights, alone = _softmax(parts, self._values.dtype)
+        plain = self._values[:, :, : logits.shape[-1]]
+        following = self._values[:, :, 1 : logits.shape[-1] + 1]
+        out = weights[0] @ torch.where(self._shift.view(1, -1, 1, 1) == 1, following, plain)
+        return (out if memory is None else out + weights[1] @ memory[1]), alone
 
     def _write(self, qk: Tensor, v: Tensor, buckets: Tensor, places: Tensor, real: Tensor) -> None:
         """Keys, values and buckets of new tokens to their places [B, t]."""
@@ -297,6 +320,15 @@ class LSHRings:
         )
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+
+
+def _softmax(parts: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """One softmax over the last axis of all parts; and which rows [.., 1] see nothing: their weights are 0."""
+    logits = torch.cat(parts, dim=-1)
+    alone = logits.amax(dim=-1, keepdim=True) == -math.inf
+    # A row of -inf alone gives NaN.
+    weights = logits.softmax(dim=-1).masked_fill(alone, 0.0).to(dtype)
+    return list(weights.split([part.shape[-1] for part in parts], dim=-1)), alone
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from reformer_lm.ops.hashing import hash_vectors, sample_rotations
 from reformer_lm.ops.keys import normalize_keys
 from reformer_lm.ops.lsh_reference import lsh_attention_reference
 from reformer_lm.ops.lsh_rings import LSHRings
+from reformer_lm.ops.shared_qk import shared_qk_attention
 
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
 
@@ -86,6 +87,24 @@ def test_pieces_of_any_length_equal_the_oracle(cuts: list[int], filled: bool, to
         else:
             torch.testing.assert_close(case.attend(rings, begin, end), case.expected[:, :, begin:end], **TIGHT)
     assert rings.lengths.tolist() == [tokens] * case.qk.shape[0]
+
+
+@pytest.mark.parametrize("memory", [0, 2])
+@pytest.mark.parametrize("cuts", [[1] * 60, [5, 20, 35], [60], [10, 50]])
+def test_the_first_tokens_attend_to_all_before_them(cuts: list[int], memory: int) -> None:
+    case = Case(batch=2, tokens=60, window=4, memory=memory)
+    extra = None if case.memory is None else tuple(x.unsqueeze(0) for x in case.memory)
+    early = shared_qk_attention(
+        case.qk[:, :, :23], case.v[:, :, :23], key_norm="rms", num_shifted_heads=case.shifted, extra=extra
+    )
+    expected = torch.cat((early, case.expected[:, :, 23:]), dim=2)
+    rings = case.rings()
+    rings.full_attention_threshold = 23
+    outputs, begin = [], 0
+    for count in cuts:
+        outputs.append(case.attend(rings, begin, begin + count))
+        begin += count
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **TIGHT)
 
 
 def test_token_by_token_across_many_turns_of_the_rings() -> None:
