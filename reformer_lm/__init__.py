@@ -1,5 +1,6 @@
 """reformer_lm: language models of long Chinese text with exactly causal LSH attention."""
 
+from reformer_lm.cache import LSHCache
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.layers.recording import AttentionRecord, record_attention
@@ -10,6 +11,7 @@ from reformer_lm.wrapper import TrainingWrapper
 __all__ = [
     "AttentionRecord",
     "InputError",
+    "LSHCache",
     "ReformerLMConfig",
     "ReformerLMForCausalLM",
     "ReformerLMModel",

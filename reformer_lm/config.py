@@ -139,7 +139,7 @@ class ReformerLMConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         lm_head_bias: bool = False,
         initializer_range: float = 0.02,
-        use_cache: bool = False,
+        use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size

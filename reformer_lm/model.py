@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from reformer_lm.cache import LSHCache
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.attention import LSHSelfAttention
 from reformer_lm.layers.compaction import Compaction, document_positions
-from reformer_lm.layers.norms import FinalNorm, ResidualLinear, ReZeroGate, ScaleNorm
-from reformer_lm.layers.positions import PositionEmbedding, PositionTable
+from reformer_lm.layers.norms import FinalNorm
+from reformer_lm.layers.positions import PositionEmbedding
 from reformer_lm.layers.reversible import ReversibleStack
 from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.loss import linear_cross_entropy
-
-# Standard deviation of initial position embeddings, as a share of initializer_range.
-_POSITION_SHARE = 0.25
-
-
-class ReformerLMPreTrainedModel(PreTrainedModel):
-    """Weights initialisation, saving and loading, common to all heads."""
-
-    config_class = ReformerLMConfig
-    base_model_prefix = "reformer"
-    main_input_name = "input_ids"
-    _no_split_modules = ["ReversibleLayer"]
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # No key/value cache: generate() runs the whole prefix for each token.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Gives a module its initial weights.
-
-        Linear layers get N(0, initializer_range), those that write into the residual streams scaled down with depth,
-        as in GPT-2; positions a quarter of it; token embeddings N(0, 1 / embedding_size).
-        """
-        # transformers visits every module that owns parameters, and none that merely contains such modules.
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            narrow = math.sqrt(2 * self.config.num_hidden_layers) if isinstance(module, ResidualLinear) else 1.0
-            init.normal_(module.weight, mean=0.0, std=std / narrow)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, PositionTable):
-            init.normal_(module.weight, mean=0.0, std=std * _POSITION_SHARE)
-        elif isinstance(module, nn.ParameterList):  # of the axial embedding
-            for weight in module:
-                init.normal_(weight, mean=0.0, std=std * _POSITION_SHARE)
-        elif isinstance(module, nn.Embedding):
-            # Vectors of length 1, well above the positions': a hash should go by content before it goes by place.
-            init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.embedding_dim))
-        elif isinstance(module, nn.LayerNorm):
-            if isinstance(module, FinalNorm) and self.config.tie_word_embeddings:
-                init.copy_(module.weight, torch.randint_like(module.weight, 2) * 2 - 1)
-            else:
-                init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, ScaleNorm):
-            # The length that a layer norm's output has.
-            init.constant_(module.weight, math.sqrt(self.config.hidden_size))
-        elif isinstance(module, ReZeroGate):
-            init.zeros_(module.weight)
-        elif isinstance(module, LSHSelfAttention) and module.memory is not None:
-            # It stands in for hidden states behind a norm.
-            init.normal_(module.memory)
+from reformer_lm.pretrained import ReformerLMPreTrainedModel
 
 
 class ReformerLMModel(ReformerLMPreTrainedModel):
@@ -110,11 +55,13 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         input_attn_mask: Tensor | None = None,
         keys: Tensor | None = None,
         context_mask: Tensor | None = None,
+        past_key_values: LSHCache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput | tuple[Tensor, ...]:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Computes hidden states.
 
         Args:
@@ -129,13 +76,16 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
                 ``lsh_mask="chunked"`` only, as the next two. All three are reformer-pytorch's.
             keys: [B, C, hidden_size], the vectors of another sequence that every token of the LSH heads sees.
             context_mask: bool [B, C], False for padding of ``keys``.
+            past_key_values: the tokens before these, which these then join; ``attention_mask`` may cover all of
+                them, or the new ones only. No gradients flow through attention then.
+            use_cache: whether to begin a cache where none is given; ``lsh_mask="causal"`` only, else there is none.
             output_hidden_states: whether to return the embedding and each layer's output; keeps all activations.
             output_attentions: not available, since no matrix of attention weights is ever formed.
             return_dict: False for a tuple.
             **kwargs: ignored, for transformers' sake.
 
         Returns:
-            `BaseModelOutput` with ``last_hidden_state`` [B, T, hidden_size].
+            `BaseModelOutputWithPast` with ``last_hidden_state`` [B, T, hidden_size] and, where there is one, the cache.
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, an empty or too long sequence, a mask
@@ -153,9 +103,20 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         for name, tensor in (
             ("attention_mask", attention_mask), ("position_ids", position_ids), ("document_ids", document_ids)
         ):  # fmt: skip
+            if name == "attention_mask" and past_key_values is not None:
+                continue
             if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != shape[1]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} like the input")
         self._check_chunked_only(shape, input_attn_mask, keys, context_mask)
+        cache = past_key_values
+        if cache is None and use_cache and self.config.lsh_mask == "causal":
+            cache = LSHCache(self.config)
+        earlier = None if cache is None else cache.lengths
+        if cache is not None:
+            cache.require_rows(shape[0])
+            attention_mask = _of_new_tokens(attention_mask, cache, shape)
+            if document_ids is not None:
+                raise ValueError("document_ids cannot be used with a cache: give each document a row of its own")
         order = Compaction.of(attention_mask)
         if order is not None:
             input_ids, inputs_embeds, position_ids, document_ids = (
@@ -166,6 +127,8 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             position_ids = document_positions(
                 given.shape[1] if order is None else order.longest, document_ids, given.device
             )
+            if earlier is not None:
+                position_ids = position_ids + earlier.unsqueeze(1)
         info = SequenceInfo(
             position_ids,
             mask=order.mask if order is not None and self.config.lsh_mask == "chunked" else None,
@@ -174,14 +137,18 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             context=keys,
             context_mask=context_mask,
             hash_step=self._next_hash_step(),
+            cache=cache,
+            counts=None if cache is None or order is None else order.real.sum(dim=1),
         )
         hidden, states = self._run(input_ids, inputs_embeds, info, bool(output_hidden_states))
+        if cache is not None:
+            cache.take_in(torch.ones(shape, dtype=torch.bool, device=given.device) if order is None else order.real)
         if order is not None:
             hidden = order.unpack(hidden)
             states = None if states is None else tuple(order.unpack(state) for state in states)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
-            return (hidden,) if states is None else (hidden, states)
-        return BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
+            return tuple(x for x in (hidden, cache, states) if x is not None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
 
     def _check_chunked_only(
         self, shape: torch.Size, input_attn_mask: Tensor | None, keys: Tensor | None, context_mask: Tensor | None
@@ -205,6 +172,8 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, info: SequenceInfo, output_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         tokens = info.position_ids.shape[1]
+        if info.cache is not None and info.cache.lengths is not None:
+            tokens += int(info.cache.lengths.max())
         longest = self.config.max_position_embeddings
         if tokens > longest:
             raise ValueError(
@@ -236,6 +205,19 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         return self.embedding_dropout(x).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _of_new_tokens(attention_mask: Tensor | None, cache: LSHCache, shape: torch.Size) -> Tensor | None:
+    """The columns of a mask over all tokens, or over new ones only, that belong to the new ones [B, T]."""
+    if attention_mask is None:
+        return None
+    expected = {shape[1], cache.get_seq_length() + shape[1]}
+    if attention_mask.dim() != 2 or attention_mask.shape[1] not in expected:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape[0]} rows and as many columns as "
+            f"there are new tokens ({shape[1]}), or these and the {cache.get_seq_length()} before them"
+        )
+    return attention_mask[:, -shape[1] :]
+
+
 class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
     """The model with an output layer over the vocabulary: a language model."""
 
@@ -265,9 +247,32 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         """To the width of a factorised embedding, where there is one."""
         return hidden if self.head_projection is None else self.head_projection(hidden)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """All tokens so far, and which of them are padding: there is no cache to continue from."""
-        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask"), "logits_to_keep": 1}
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Assisted decoding wants a cache from the beginning."""
+        wanted = generation_config.use_cache is not False and self.config.lsh_mask == "causal"
+        if wanted and model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None:
+            model_kwargs["past_key_values"] = LSHCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: LSHCache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The tokens that the cache has not seen; without a cache, and in chunked mode, all of them."""
+        attention_mask = kwargs.get("attention_mask")
+        if past_key_values is not None:
+            # A prompt in chunks comes chunk by chunk, everything else as a whole; the mask covers what was seen, too.
+            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            input_ids = input_ids[:, -(total - past_key_values.get_seq_length()) :]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache", True),
+            "logits_to_keep": kwargs.get("logits_to_keep", 1),
+        }
 
     def forward(
         self,
@@ -280,6 +285,8 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         input_attn_mask: Tensor | None = None,
         keys: Tensor | None = None,
         context_mask: Tensor | None = None,
+        past_key_values: LSHCache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -288,7 +295,7 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Computes next-token logits and, given labels, the loss.
 
         Args:
@@ -303,6 +310,8 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
             input_attn_mask: see there.
             keys: see there.
             context_mask: see there.
+            past_key_values: see there.
+            use_cache: see there.
             output_hidden_states: see there.
             output_attentions: see there.
             return_dict: False for a tuple.
@@ -317,7 +326,8 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
             **kwargs: ignored, for transformers' sake.
 
         Returns:
-            `CausalLMOutput` with ``loss`` in nats and ``logits`` [B, T, vocab_size].
+            `CausalLMOutputWithPast` with ``loss`` in nats, ``logits`` [B, T, vocab_size] and, where there is one, the
+            cache in ``past_key_values``.
         """
         output = self.reformer(
             input_ids,
@@ -328,6 +338,8 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
             input_attn_mask=input_attn_mask,
             keys=keys,
             context_mask=context_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -340,7 +352,9 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         if not (loss is not None and (self.training if skip_logits is None else skip_logits)):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.compute_logits(hidden[:, kept])
-        result = CausalLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return result.to_tuple()
         return result

@@ -14,8 +14,10 @@ OPEN = {"errors", "version"}
 ALLOWED = {
     "ops": set(),
     "config": {"ops"},
-    "layers": {"ops", "config"},
-    "model": {"ops", "config", "layers"},
+    "cache": {"ops", "config"},
+    "layers": {"ops", "config", "cache"},
+    "pretrained": {"config", "layers"},
+    "model": {"ops", "config", "cache", "layers", "pretrained"},
     "wrapper": {"model"},
     "command_line": set(),
     "text": {"corpus", "command_line"},  # builds vocabularies from corpora
@@ -24,11 +26,23 @@ ALLOWED = {
     "generation": {"text"},
     "training": {"config", "model", "text", "corpus", "generation", "command_line"},
     "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "command_line"},
-    "__init__": {"config", "layers", "model", "wrapper"},
+    "__init__": {"cache", "config", "layers", "model", "wrapper"},
 }
 # transformers is for the model's shell, tokenizers and the jobs; accelerate for training only.
 ALLOWED_PACKAGES = {
-    "transformers": {"config", "model", "wrapper", "text", "corpus", "generation", "scoring", "training", "prediction"},
+    "transformers": {
+        "config",
+        "cache",
+        "pretrained",
+        "model",
+        "wrapper",
+        "text",
+        "corpus",
+        "generation",
+        "scoring",
+        "training",
+        "prediction",
+    },  # fmt: skip
     "accelerate": {"training"},
 }
 SCRIPTS = {"train_reformer", "predict", "tests"}

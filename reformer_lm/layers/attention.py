@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.beginnings import BeginningsInFront
+from reformer_lm.layers.decoding import attend_from_cache
+from reformer_lm.layers.heads import AttentionReplay, HeadGroup, Projections
 from reformer_lm.layers.norms import ResidualLinear
 from reformer_lm.layers.positions import apply_rotary, rotary_angles
 from reformer_lm.layers.sequence import SequenceInfo
@@ -27,43 +27,6 @@ from reformer_lm.ops.shared_qk import shared_qk_attention
 
 # A prime larger than any count of layers or steps, to keep seeds apart.
 _SEED_STRIDE = 1_000_000_007
-
-
-@dataclass
-class AttentionReplay:
-    """What it takes to repeat the attention of some heads on the same input; filled by the first call.
-
-    Attributes:
-        buckets: [B, H_lsh, R, T], since a hash taken anew could fall differently; None where nothing was hashed.
-        kept: what the LSH heads computed, if that is to be kept.
-    """
-
-    buckets: Tensor | None = None
-    kept: KeptAttention | None = None
-
-
-class HeadGroup(NamedTuple):
-    """Heads ``begin`` to ``end`` - 1 of a layer, worked off together."""
-
-    begin: int
-    end: int
-
-
-class Projections(NamedTuple):
-    """What the heads of one layer, or of a group of them, work on.
-
-    Attributes:
-        query_key: [B, H, T, D]; of the local heads only queries where they have keys of their own.
-        value: [B, H, T, D_v].
-        local_key: [B, H_local, T, D], or None where local heads share queries and keys.
-        extra: shared vectors [B, H_lsh, E, D] and values [B, H_lsh, E, D_v] of the learned memory and then the
-            context, which every token sees; or None.
-    """
-
-    query_key: Tensor
-    value: Tensor
-    local_key: Tensor | None
-    extra: tuple[Tensor, Tensor] | None
 
 
 class LSHSelfAttention(nn.Module):
@@ -142,6 +105,8 @@ class LSHSelfAttention(nn.Module):
         Returns:
             The output [B, T, hidden_size], and what it takes to repeat the call: one replay per group.
         """
+        if info.cache is not None:
+            return self.output_dropout(self.output(attend_from_cache(self, x, info))), []
         if replays is None:
             replays = [AttentionReplay(kept=KeptAttention() if keep else None) for _ in self.groups]
         if len(self.groups) == 1:
@@ -236,13 +201,18 @@ class LSHSelfAttention(nn.Module):
     def _dropout_p(self) -> float:
         return self.config.attention_dropout if self.training else 0.0
 
-    def _local(self, q: Tensor, keys: Tensor | None, v: Tensor, info: SequenceInfo, dropout_p: float) -> Tensor:
-        shared = keys is None
+    def local_queries_and_keys(self, q: Tensor, keys: Tensor | None, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """Of the local heads, from `Projections`: with keys where they share the queries, and rotated."""
         if keys is None:
             keys = normalize_keys(q, self.config.key_norm)
         if self.config.local_rotary:
             angles = rotary_angles(info.position_ids, self.head_dim, _at_least_float32(q.dtype))
             q, keys = apply_rotary(q, angles), apply_rotary(keys, angles)
+        return q, keys
+
+    def _local(self, q: Tensor, keys: Tensor | None, v: Tensor, info: SequenceInfo, dropout_p: float) -> Tensor:
+        shared = keys is None
+        q, keys = self.local_queries_and_keys(q, keys, info)
         return local_attention(
             q,
             keys,
@@ -255,9 +225,10 @@ class LSHSelfAttention(nn.Module):
             documents_BT=info.documents,
         )
 
-    def _hash(
+    def hash(
         self, shared: Tensor, num_buckets: int, info: SequenceInfo, replay: AttentionReplay, lsh: HeadGroup
     ) -> Tensor:
+        """Buckets [B, H, R, T] of a group's shared vectors, as they were if there is anything to repeat."""
         if replay.buckets is None:
             rotations = self.rotations(num_buckets, info.hash_step, shared.device)
             own = slice(lsh.begin - self.local_heads, lsh.end - self.local_heads)
@@ -268,7 +239,8 @@ class LSHSelfAttention(nn.Module):
         """How many heads of a group read what followed a match: of all heads the last ``shifted_heads``."""
         return max(0, lsh.end - max(lsh.begin, self.heads - self.shifted_heads))
 
-    def _rotate(self, shared: Tensor, info: SequenceInfo) -> Tensor:
+    def rotate(self, shared: Tensor, info: SequenceInfo) -> Tensor:
+        """Shared vectors with rotary positions, if the model has them there."""
         # After hashing: a match is one of content, wherever it stands.
         if self.config.position_type != "rotary":
             return shared
@@ -287,7 +259,7 @@ class LSHSelfAttention(nn.Module):
         config = self.config
         # The first positions attend to everything before them, whatever the length: a rule by position keeps the
         # model exactly causal, one by length (the peers') would not.
-        rotated = self._rotate(shared, info)
+        rotated = self.rotate(shared, info)
         threshold = config.full_attention_threshold
         begin = BeginningsInFront(shared.shape[2], threshold, info.documents) if threshold else None
         head = None
@@ -304,7 +276,7 @@ class LSHSelfAttention(nn.Module):
             if begin.is_all:
                 return head
         assert config.num_buckets is not None
-        buckets = self._hash(shared, config.num_buckets, info, replay, lsh)
+        buckets = self.hash(shared, config.num_buckets, info, replay, lsh)
         out = lsh_attention(
             rotated,
             v,
@@ -333,7 +305,7 @@ class LSHSelfAttention(nn.Module):
     ) -> Tensor:
         config = self.config
         tokens = shared.shape[2]
-        rotated = self._rotate(shared, info)
+        rotated = self.rotate(shared, info)
         extra_mask = None
         if extra is not None and info.context_mask is not None:
             learned = extra[0].shape[2] - info.context_mask.shape[1]
@@ -368,7 +340,7 @@ class LSHSelfAttention(nn.Module):
                 if extra_mask is not None:
                     real[:, tokens:] = extra_mask
                 mask = real
-        buckets = self._hash(shared, num_buckets, info, replay, lsh)
+        buckets = self.hash(shared, num_buckets, info, replay, lsh)
         out = chunked_lsh_attention(
             rotated,
             v,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer_lm.layers.attention import AttentionReplay, LSHSelfAttention, Projections
+from reformer_lm.layers.attention import LSHSelfAttention
+from reformer_lm.layers.heads import AttentionReplay, Projections
 from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.hashing import sort_by_bucket
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.attention import AttentionReplay, LSHSelfAttention
+from reformer_lm.layers.attention import LSHSelfAttention
 from reformer_lm.layers.feed_forward import FeedForward
+from reformer_lm.layers.heads import AttentionReplay
 from reformer_lm.layers.norms import make_gate, make_norm
 from reformer_lm.layers.sequence import SequenceInfo
 
@@ -100,6 +101,7 @@ class ReversibleStack(nn.Module):
         """
         layers = self._layers_of_this_step()
         plain = self.reversible == "off" or x1.shape[1] <= self.reversible_threshold or not torch.is_grad_enabled()
+        plain = plain or info.cache is not None
         chain = None
         if not plain:
             random = self.training and self.draws_random_numbers

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from reformer_lm.cache import LSHCache
+
 
 @dataclass(frozen=True)
 class SequenceInfo:
@@ -20,6 +22,8 @@ class SequenceInfo:
         context: optional [B, C, hidden_size], vectors of another sequence that every token sees; chunked mode only.
         context_mask: optional bool [B, C], False for padding of the context.
         hash_step: number of the training step with ``rehash="step"``, else None (fixed rotations).
+        cache: the tokens before these, which they then join; None where these are the first and none will follow.
+        counts: int64 [B], with a cache: how many of the T tokens are real in each row, the first ones.
     """
 
     position_ids: Tensor
@@ -29,3 +33,5 @@ class SequenceInfo:
     context: Tensor | None = None
     context_mask: Tensor | None = None
     hash_step: int | None = None
+    cache: LSHCache | None = None
+    counts: Tensor | None = None

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM, record_attention
-from reformer_lm.layers.attention import AttentionReplay, LSHSelfAttention
+from reformer_lm.layers.attention import LSHSelfAttention
+from reformer_lm.layers.heads import AttentionReplay
 from reformer_lm.layers.sequence import SequenceInfo
 
 VARIANTS = [
