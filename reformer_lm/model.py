@@ -265,7 +265,9 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             # A prompt in chunks comes chunk by chunk, everything else as a whole; the mask covers what was seen, too.
             total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-            input_ids = input_ids[:, -(total - past_key_values.get_seq_length()) :]
+            unseen = total - past_key_values.get_seq_length()
+            # Without a mask a chunk is known by its shortness.
+            input_ids = input_ids[:, -unseen:] if unseen > 0 else input_ids
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
