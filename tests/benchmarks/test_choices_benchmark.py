@@ -73,3 +73,12 @@ def test_the_page_shows_the_result_file() -> None:
     page = (ROOT / "docs" / "choices.md").read_text(encoding="utf-8")
     for table in choices.tables(runs).split("\n\n"):
         assert table in page
+
+
+def test_the_readmes_quote_the_result_file() -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "choices.json").read_text(encoding="utf-8"))["runs"]
+    for page in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for row in ("base", "Llama", "GPT-2"):
+            losses = [run["validation"] for run in runs if (run["row"], run["context"]) == (row, 4096)]
+            assert f"{sum(losses) / len(losses):.2f}" in text, (page, row)
