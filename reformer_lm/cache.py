@@ -102,7 +102,7 @@ class LSHCacheLayer(CacheLayerMixin):
         return self._config.max_position_embeddings
 
     def get_max_cache_shape(self) -> int:
-        """As `get_max_length`; its name before transformers 5.20."""
+        """As `get_max_length`; its name in earlier versions of transformers."""
         return self._config.max_position_embeddings
 
 
@@ -161,7 +161,7 @@ class LSHCache(Cache):
         return 0 if self.real is None else self.real.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets columns: -n the last n of them; n > 0 all but the first n, as transformers had it before 5.20.
+        """Forgets columns: -n the last n of them; n > 0 all but the first n, as earlier versions had it.
 
         Raises:
             ValueError: local heads have forgotten what stood there: they remember a window more than they see.

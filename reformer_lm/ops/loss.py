@@ -20,8 +20,8 @@ def linear_cross_entropy(
     A chunk of tokens at a time: its logits are formed, give the loss and, where gradients are wanted, at once the
     gradients, and are dropped. Softmax and sums are in float32 (float64 for float64 input).
 
-    Beside torch's own chunked `torch.nn.functional.linear_cross_entropy` (2.13): as fast in float32, and in half
-    precision the sum is not rounded to that type; without gradients none are computed.
+    Unlike torch's own chunked `torch.nn.functional.linear_cross_entropy` (2.13), the sum is not rounded to half
+    precision where the input is, and without gradients none are computed.
 
     Args:
         hidden: [N, hidden].

@@ -30,7 +30,7 @@ SHORT = 16384
 # AdamW keeps two moments of each parameter.
 MOMENTS = 2
 # What a process on the CPU holds besides live tensors: blocks that the C library keeps for later, libraries' buffers.
-# Measured (benchmarks/memory.py beside these estimates): 100 to 220 MiB.
+# A round figure for glibc, which keeps freed blocks of up to 32 MiB.
 KEPT_BY_THE_ALLOCATOR = 160 << 20
 _WARM_UP_TOKENS = 256
 _GIB = 2**30

@@ -192,7 +192,7 @@ def test_selected_rows_go_on_as_those_they_were() -> None:
     torch.testing.assert_close(out, case.expected[index, :, 40:45], **TIGHT)
 
 
-def test_room_grows_by_doubling_and_what_a_token_costs_does_not_grow() -> None:
+def test_room_grows_by_doubling() -> None:
     case = Case(tokens=400)
     rings = case.rings()
     capacities = []
