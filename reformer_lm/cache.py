@@ -46,7 +46,8 @@ class LSHCacheLayer(CacheLayerMixin):
                 batch, heads, config.num_hashes, config.num_buckets, window=config.lsh_window,
                 key_norm=config.key_norm, num_shifted_heads=config.shifted_heads_of(self._layer_index),
                 allow_duplicates=config.allow_duplicate_attention,
-                full_attention_threshold=config.full_attention_threshold, device=device,
+                full_attention_threshold=config.full_attention_threshold,
+                most_tokens=config.max_position_embeddings, device=device,
             )  # fmt: skip
         if local:
             bias = SELF_ATTENTION_BIAS if config.local_keys == "shared" else 0.0

@@ -11,7 +11,8 @@ from transformers import initialization as init
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.attention import LSHSelfAttention
-from reformer_lm.layers.norms import FinalNorm, ResidualLinear, ReZeroGate, ScaleNorm
+from reformer_lm.layers.linear import ResidualLinear
+from reformer_lm.layers.norms import FinalNorm, ReZeroGate, ScaleNorm
 from reformer_lm.layers.positions import PositionTable
 
 # Standard deviation of initial position embeddings, as a share of initializer_range.

@@ -2,7 +2,7 @@
 
 from reformer_lm.layers.attention import LSHSelfAttention
 from reformer_lm.layers.feed_forward import FeedForward
-from reformer_lm.layers.positions import PositionEmbedding, apply_rotary, rotary_angles
+from reformer_lm.layers.positions import PositionEmbedding, apply_rotary, rotary_angles, rotary_factors
 from reformer_lm.layers.reversible import ReversibleStack
 from reformer_lm.layers.sequence import SequenceInfo
 
@@ -14,4 +14,5 @@ __all__ = [
     "SequenceInfo",
     "apply_rotary",
     "rotary_angles",
+    "rotary_factors",
 ]

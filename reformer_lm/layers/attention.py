@@ -14,10 +14,17 @@ from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.beginnings import BeginningsInFront
 from reformer_lm.layers.decoding import attend_from_cache
 from reformer_lm.layers.heads import AttentionReplay, HeadGroup, Projections
-from reformer_lm.layers.norms import ResidualLinear
-from reformer_lm.layers.positions import apply_rotary, rotary_angles
+from reformer_lm.layers.linear import Linear, ResidualLinear
+from reformer_lm.layers.positions import apply_rotary
 from reformer_lm.layers.sequence import SequenceInfo
-from reformer_lm.ops.hashing import factorize_buckets, hash_vectors, sample_rotations
+from reformer_lm.ops.hashing import (
+    StackedRotations,
+    factorize_buckets,
+    hash_next,
+    hash_vectors,
+    sample_rotations,
+    stack_rotations,
+)
 from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import SELF_ATTENTION_BIAS, normalize_keys
 from reformer_lm.ops.local import local_attention
@@ -54,12 +61,12 @@ class LSHSelfAttention(nn.Module):
         borders = [self.heads * index // chunks for index in range(chunks + 1)]
         self.groups = [HeadGroup(begin, end) for begin, end in itertools.pairwise(borders)]
         width = self.heads * self.head_dim
-        self.query_key = nn.Linear(config.hidden_size, width, bias=False)
-        self.value = nn.Linear(config.hidden_size, width, bias=False)
+        self.query_key = Linear(config.hidden_size, width, bias=False)
+        self.value = Linear(config.hidden_size, width, bias=False)
         self.output = ResidualLinear(width, config.hidden_size)
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
         if self.local_heads and config.local_keys == "separate":
-            self.local_key = nn.Linear(config.hidden_size, self.local_heads * self.head_dim, bias=False)
+            self.local_key = Linear(config.hidden_size, self.local_heads * self.head_dim, bias=False)
         # Learned vectors in the place of hidden states, projected like them. Source: reformer-pytorch's num_mem_kv,
         # after Sukhbaatar et al. 2019 (arXiv 1907.01470), section 4.
         self.memory: nn.Parameter | None = None
@@ -67,6 +74,7 @@ class LSHSelfAttention(nn.Module):
             self.memory = nn.Parameter(torch.randn(config.num_mem_kv, config.hidden_size))
         # Rotations follow from the seed alone, so they are made on first use and never saved.
         self._rotations: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._stack: tuple[tuple[Tensor, ...], StackedRotations] | None = None
 
     def rotations(self, num_buckets: int, hash_step: int | None, device: torch.device) -> tuple[Tensor, ...]:
         """The random rotations of this layer.
@@ -90,6 +98,12 @@ class LSHSelfAttention(nn.Module):
             # A dictionary of one: a new step or length replaces what the last one used.
             self._rotations = {key: tuple(rotation.to(device) for rotation in fresh)}
         return self._rotations[key]
+
+    def _stacked(self, rotations: tuple[Tensor, ...]) -> StackedRotations:
+        """These, made anew only when they change."""
+        if self._stack is None or self._stack[0] is not rotations:
+            self._stack = (rotations, stack_rotations(rotations))
+        return self._stack[1]
 
     def forward(
         self, x: Tensor, info: SequenceInfo, replays: Sequence[AttentionReplay] | None = None, keep: bool = False
@@ -206,8 +220,8 @@ class LSHSelfAttention(nn.Module):
         if keys is None:
             keys = normalize_keys(q, self.config.key_norm)
         if self.config.local_rotary:
-            angles = rotary_angles(info.position_ids, self.head_dim, _at_least_float32(q.dtype))
-            q, keys = apply_rotary(q, angles), apply_rotary(keys, angles)
+            factors = info.rotary(self.head_dim, q.dtype)
+            q, keys = apply_rotary(q, factors), apply_rotary(keys, factors)
         return q, keys
 
     def _local(self, q: Tensor, keys: Tensor | None, v: Tensor, info: SequenceInfo, dropout_p: float) -> Tensor:
@@ -231,6 +245,9 @@ class LSHSelfAttention(nn.Module):
         """Buckets [B, H, R, T] of a group's shared vectors, as they were if there is anything to repeat."""
         if replay.buckets is None:
             rotations = self.rotations(num_buckets, info.hash_step, shared.device)
+            if shared.shape[2] == 1 and lsh.size == self.lsh_heads:
+                replay.buckets = hash_next(shared, self._stacked(rotations))
+                return replay.buckets
             own = slice(lsh.begin - self.local_heads, lsh.end - self.local_heads)
             replay.buckets = hash_vectors(shared, tuple(rotation[own] for rotation in rotations))
         return replay.buckets
@@ -244,7 +261,7 @@ class LSHSelfAttention(nn.Module):
         # After hashing: a match is one of content, wherever it stands.
         if self.config.position_type != "rotary":
             return shared
-        return apply_rotary(shared, rotary_angles(info.position_ids, self.head_dim, _at_least_float32(shared.dtype)))
+        return apply_rotary(shared, info.rotary(self.head_dim, shared.dtype))
 
     def _lsh_causal(
         self,
@@ -357,7 +374,3 @@ class LSHSelfAttention(nn.Module):
             num_queries=tokens,
         )
         return out
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

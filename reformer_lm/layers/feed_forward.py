@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.layers.norms import ResidualLinear
+from reformer_lm.layers.linear import Linear, ResidualLinear
 
 _ACTIVATIONS = {
     "gelu": functional.gelu,
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
         self.gated = config.ff_activation in _GATED
         self.activation = _ACTIVATIONS[_GATED.get(config.ff_activation, config.ff_activation)]
         self.chunk_size = config.ff_chunk_size
-        self.inner = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1))
+        self.inner = Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1))
         self.output = ResidualLinear(config.intermediate_size, config.hidden_size)
         self.inner_dropout = nn.Dropout(config.activation_dropout)
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob)

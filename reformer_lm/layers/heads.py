@@ -29,6 +29,11 @@ class HeadGroup(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """How many heads these are."""
+        return self.end - self.begin
+
 
 class Projections(NamedTuple):
     """What the heads of one layer, or of a group of them, work on.

@@ -1,4 +1,4 @@
-"""What stands around a block of the residual stack: norms before it, an output layer and a gate behind it."""
+"""What stands around a block of the residual stack: a norm before it and a gate behind it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,6 @@ class ReZeroGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., D] to [..., D]."""
         return x * self.weight
-
-
-class ResidualLinear(nn.Linear):
-    """A linear layer whose output is added to a residual stream; it starts smaller, the deeper the model."""
 
 
 def make_norm(config: ReformerLMConfig) -> nn.Module:

@@ -83,16 +83,31 @@ def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[T
     return angle.sin().to(dtype), angle.cos().to(dtype)
 
 
-def apply_rotary(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotary_factors(position_ids: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The rotations of `apply_rotary`, as complex numbers of length 1.
+
+    Args:
+        position_ids: int64 [B or 1, T].
+        dim: even width of the rotated vectors.
+        dtype: of their real and imaginary part, float32 or float64.
+
+    Returns:
+        Complex [B or 1, 1, T, dim / 2].
+    """
+    sin, cos = rotary_angles(position_ids, dim, dtype)
+    return torch.complex(cos, sin).unsqueeze(1)
+
+
+def apply_rotary(x: Tensor, factors: Tensor) -> Tensor:
     """Rotates neighbouring pairs of channels by the angle of their position.
 
     Args:
         x: [B, H, T, D].
-        angles: sin and cos from `rotary_angles`, each [B or 1, T, D / 2].
+        factors: from `rotary_factors`.
 
     Returns:
         [B, H, T, D] in the dtype of ``x``.
     """
-    sin, cos = (part.unsqueeze(1) for part in angles)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    # A pair as a complex number: one product, where four and two sums would go over strided halves.
+    pairs = torch.view_as_complex(x.to(factors.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from reformer_lm.cache import LSHCache
+from reformer_lm.layers.positions import rotary_factors
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,11 @@ class SequenceInfo:
     hash_step: int | None = None
     cache: LSHCache | None = None
     counts: Tensor | None = None
+    _rotary: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    def rotary(self, dim: int, dtype: torch.dtype) -> Tensor:
+        """`rotary_factors` of these positions for vectors of a dtype, computed once for all layers."""
+        key = (dim, torch.promote_types(dtype, torch.float32))
+        if key not in self._rotary:
+            self._rotary[key] = rotary_factors(self.position_ids, *key)
+        return self._rotary[key]

@@ -99,7 +99,8 @@ def hash_vectors(x_BHTD: Tensor, rotations: tuple[Tensor, ...]) -> Tensor:
     compute_dtype = torch.promote_types(x_BHTD.dtype, torch.float32)
     widest = max(rotation.shape[-1] for rotation in rotations)
     step = max(1, _MAX_PROJECTION_ELEMENTS // max(1, batch * heads * num_hashes * widest))
-    buckets = torch.empty(batch, heads, num_hashes, tokens, dtype=_bucket_dtype(num_buckets), device=x_BHTD.device)
+    dtype = _bucket_dtype(num_buckets)
+    parts = []
     # Autocast would turn the projection into bf16.
     with torch.autocast(device_type=x_BHTD.device.type, enabled=False):
         placed = [rotation.to(device=x_BHTD.device, dtype=compute_dtype) for rotation in rotations]
@@ -117,8 +118,64 @@ def hash_vectors(x_BHTD: Tensor, rotations: tuple[Tensor, ...]) -> Tensor:
                 bucket = largest + half * negative
                 combined = bucket if combined is None else combined * (2 * half) + bucket
             assert combined is not None
-            buckets[..., begin : begin + step] = combined
-    return buckets
+            parts.append(combined.to(dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class StackedRotations(NamedTuple):
+    """All factors of some rotations in one matrix, for `hash_next`.
+
+    Attributes:
+        matrix: float32 [H, D, R * F * n / 2], n the largest of the F factors; smaller ones are filled up with zeros.
+        halves: int64 [F], half of each factor.
+        strides: int64 [F], what a bucket of each factor counts in the whole.
+        num_hashes: R.
+        num_buckets: product of the factors.
+    """
+
+    matrix: Tensor
+    halves: Tensor
+    strides: Tensor
+    num_hashes: int
+    num_buckets: int
+
+
+def stack_rotations(rotations: tuple[Tensor, ...]) -> StackedRotations:
+    """Lays rotations [H, D, R, n / 2] side by side."""
+    halves = [rotation.shape[-1] for rotation in rotations]
+    # A column of zeros is never the largest, and of equal ones the first is taken.
+    padded = [torch.nn.functional.pad(rotation, (0, max(halves) - rotation.shape[-1])) for rotation in rotations]
+    strides = [math.prod(2 * half for half in halves[index + 1 :]) for index in range(len(halves))]
+    device = rotations[0].device
+    return StackedRotations(
+        torch.stack(padded, dim=3).flatten(2),
+        torch.tensor(halves, device=device),
+        torch.tensor(strides, device=device),
+        rotations[0].shape[2],
+        math.prod(2 * half for half in halves),
+    )
+
+
+@torch.no_grad()
+def hash_next(x_BH1D: Tensor, rotations: StackedRotations) -> Tensor:
+    """`hash_vectors` of one vector a row, in as few operations as may be: for decoding.
+
+    Args:
+        x_BH1D: vectors [B, H, 1, D].
+        rotations: from `stack_rotations`.
+
+    Returns:
+        Buckets [B, H, R, 1], as `hash_vectors` gives them.
+    """
+    wide = x_BH1D[:, :, 0].transpose(0, 1).to(torch.promote_types(x_BH1D.dtype, torch.float32))
+    with torch.autocast(device_type=wide.device.type, enabled=False):
+        projected = torch.bmm(wide, rotations.matrix.to(wide.dtype))
+    # [H, B, R, F, n / 2]
+    projected = projected.view(*projected.shape[:2], rotations.num_hashes, len(rotations.halves), -1)
+    largest = projected.abs().argmax(dim=-1)
+    negative = projected.gather(-1, largest.unsqueeze(-1)).squeeze(-1) < 0
+    buckets = (largest + rotations.halves * negative) * rotations.strides
+    return buckets.sum(dim=-1).transpose(0, 1).unsqueeze(-1).to(_bucket_dtype(rotations.num_buckets))
 
 
 class SortedBuckets(NamedTuple):

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from reformer_lm.ops.hashing import sort_by_bucket
 from reformer_lm.ops.keys import KeyNorm, normalize_keys
@@ -37,6 +38,7 @@ class LSHRings:
         num_shifted_heads: the last so many heads read what followed a match.
         allow_duplicates: whether a key met in several rounds counts once for each.
         full_attention_threshold: the first so many tokens attend to all before them.
+        most_tokens: how many there will ever be, at most: room grows by doubling, but not beyond.
         device: where everything is.
 
     Attributes:
@@ -55,23 +57,40 @@ class LSHRings:
         num_shifted_heads: int = 0,
         allow_duplicates: bool = True,
         full_attention_threshold: int = 0,
+        most_tokens: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.most_tokens = most_tokens
         self.window, self.key_norm, self.num_buckets = window, key_norm, num_buckets
         self.allow_duplicates, self.full_attention_threshold = allow_duplicates, full_attention_threshold
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Known without asking the device: the longest row, and whether all are as long.
+        self._longest, self._even = 0, True
         # How far behind a match the value that is read stands.
         self._shift = (torch.arange(heads, device=device) >= heads - num_shifted_heads).long()
+        self._all_shifted = num_shifted_heads >= heads
         shape = (batch, heads, rounds)
         # Ring of bucket b: places b * W to (b + 1) * W - 1; its i-th token ever stands at i mod W. Behind them all is
-        # one more place, where writes go that mean nothing.
-        self._rings = torch.full((*shape, num_buckets * window + 1), _NOBODY, dtype=torch.int32, device=device)
-        self._counts = torch.zeros((*shape, num_buckets), dtype=torch.int32, device=device)
+        # one more ring, where writes go that mean nothing.
+        self._rings = torch.full((*shape, (num_buckets + 1) * window), _NOBODY, dtype=torch.int32, device=device)
+        self._counts = torch.zeros((*shape, num_buckets + 1), dtype=torch.int32, device=device)
         # By position. What each token drove out of its ring makes steps back possible.
         self._buckets = torch.zeros((*shape, 0), dtype=torch.int32, device=device)
         self._driven_out = torch.zeros((*shape, 0), dtype=torch.int32, device=device)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._number()
+
+    def _number(self) -> None:
+        """Numbers the rows, the rings of each (the first of every round) and the keys of each (the first)."""
+        batch, heads, rounds, buckets = self._counts.shape
+        device = self.lengths.device
+        self._rows = torch.arange(batch, device=device)
+        self._first_ring = torch.arange(batch * heads * rounds, device=device).view(batch, heads, rounds) * buckets
+        stored = 0 if self._keys is None else self._keys.shape[2]
+        self._first_key = torch.arange(batch * heads, device=device).unsqueeze(1) * stored
+        # The value that belongs to a match, counted from its key.
+        self._first_value = self._first_key + self._shift.repeat(batch).unsqueeze(1)
 
     @property
     def capacity(self) -> int:
@@ -100,7 +119,7 @@ class LSHRings:
         self._keys[:, :, :tokens] = normalize_keys(qk_BHTD, self.key_norm)
         self._values[:, :, :tokens] = v_BHTD
         self._buckets[..., :tokens] = buckets_BHRT
-        self.lengths += tokens if counts_B is None else counts_B
+        self._set_lengths(self.lengths + (tokens if counts_B is None else counts_B))
         self._rebuild()
 
     @torch.no_grad()
@@ -125,9 +144,15 @@ class LSHRings:
             [B, H, T, D_v] in the dtype of ``v_BHTD``.
         """
         tokens = qk_BHTD.shape[2]
+        self._reserve(self._longest + tokens, qk_BHTD, v_BHTD)
+        # The first tokens of all are few, and memory is rare.
+        early = self.full_attention_threshold > (self._longest if self._even else 0)
+        if tokens == 1 and counts_B is None and memory is None and not early:
+            return self._attend_next(qk_BHTD, v_BHTD, buckets_BHRT)
+        even = self._even and counts_B is None
+        longest = self._longest + tokens
         if counts_B is None:
             counts_B = torch.full_like(self.lengths, tokens)
-        self._reserve(int(self.lengths.max()) + tokens, qk_BHTD, v_BHTD)
         step = min(self.window, _MOST_AT_ONCE)
         parts = []
         for begin in range(0, tokens, step):
@@ -136,7 +161,64 @@ class LSHRings:
             parts.append(
                 self._attend_piece(qk_BHTD[:, :, piece], v_BHTD[:, :, piece], buckets_BHRT[..., piece], real, memory)
             )
+        if even:
+            self._longest = longest
+        else:
+            self._set_lengths(self.lengths)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _attend_next(self, qk: Tensor, v: Tensor, buckets: Tensor) -> Tensor:
+        """What `_attend_piece` does, for one more token of every row: the step of decoding, in few operations."""
+        batch, heads, _, dim = qk.shape
+        assert self._keys is not None and self._values is not None
+        keys = normalize_keys(qk, self.key_norm)
+        ring = self._first_ring + buckets[..., 0]
+        ring_of = ring.flatten()
+        in_ring = self._rings.view(-1, self.window).index_select(0, ring_of)
+        entered = self._counts.view(-1).index_select(0, ring_of)
+        slot = (entered % self.window).unsqueeze(1).long()
+        driven_out = in_ring.gather(1, slot).view_as(ring)
+        entry = ring_of * self.window + slot.squeeze(1)
+        if self._even:
+            place = self._longest
+            self._keys[:, :, place] = keys[:, :, 0]
+            self._values[:, :, place] = v[:, :, 0]
+            self._buckets[..., place] = buckets[..., 0]
+            self._driven_out[..., place] = driven_out
+            self._rings.view(-1).index_fill_(0, entry, place)
+        else:
+            self._keys[self._rows, :, self.lengths] = keys[:, :, 0]
+            self._values[self._rows, :, self.lengths] = v[:, :, 0]
+            self._buckets[self._rows, :, :, self.lengths] = buckets[..., 0].int()
+            self._driven_out[self._rows, :, :, self.lengths] = driven_out
+            position = self.lengths.int()[:, None, None].expand_as(ring).flatten()
+            self._rings.view(-1).index_copy_(0, entry, position)
+        self._counts.view(-1).index_copy_(0, ring_of, entered + 1)
+        self.lengths = self.lengths + 1
+        self._longest += 1
+        # Rounds side by side: [B * H, R * W].
+        in_ring = in_ring.view(batch * heads, -1)
+        unseen = in_ring < 0
+        if not self.allow_duplicates:
+            unseen |= _given_before(in_ring, ~unseen, self.window)
+        match = in_ring.clamp_min(0)
+        near, values = (
+            stored.view(-1, stored.shape[-1])
+            .index_select(0, (match + first).flatten())
+            .view(batch, heads, -1, stored.shape[-1])
+            for stored, first in ((self._keys, self._first_key), (self._values, self._first_value))
+        )
+        # Not -inf: of that alone the softmax would be NaN. Beside any key that is seen, both weigh exactly 0.
+        mask = unseen.to(qk.dtype).mul_(torch.finfo(qk.dtype).min).view(batch, heads, 1, -1)
+        out = functional.scaled_dot_product_attention(qk, near, values, attn_mask=mask)
+        alone = unseen.all(dim=1).view(batch, heads, 1, 1)
+        itself = v.new_zeros(()) if self._all_shifted else v * (self._shift == 0).view(1, -1, 1, 1)
+        return torch.where(alone, itself, out)
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        known = lengths.tolist()
+        self._longest, self._even = max(known), min(known) == max(known)
 
     def _attend_piece(
         self, qk: Tensor, v: Tensor, buckets: Tensor, counts: Tensor, memory: tuple[Tensor, Tensor] | None
@@ -243,10 +325,11 @@ class LSHRings:
         """Makes room, at least twice what there was, so that growing costs little on the whole."""
         if tokens <= self.capacity and self._keys is not None:
             return
-        capacity = max(tokens, 2 * self.capacity, _SMALLEST_CAPACITY)
+        doubled = max(2 * self.capacity, _SMALLEST_CAPACITY)
+        capacity = max(tokens, doubled if self.most_tokens is None else min(doubled, self.most_tokens))
         batch, heads = qk.shape[:2]
         # One place more: a shifted head looks one place behind a match.
-        keys = qk.new_zeros(batch, heads, capacity, qk.shape[-1])
+        keys = qk.new_zeros(batch, heads, capacity + 1, qk.shape[-1])
         values = v.new_zeros(batch, heads, capacity + 1, v.shape[-1])
         if self._keys is not None and self._values is not None:
             keys[:, :, : self._keys.shape[2]] = self._keys
@@ -256,10 +339,11 @@ class LSHRings:
             torch.cat((x, x.new_zeros(*x.shape[:-1], capacity - x.shape[-1])), dim=-1)
             for x in (self._buckets, self._driven_out)
         )
+        self._number()
 
     def _rebuild(self) -> None:
         """Rings, counts and what was driven out, from the buckets of all tokens."""
-        longest = int(self.lengths.max())
+        longest = self._longest
         places = torch.arange(longest, device=self.lengths.device)
         # Behind a row's end stands a bucket of its own, which no ring belongs to.
         beyond = places >= self.lengths[:, None, None, None]
@@ -268,9 +352,9 @@ class LSHRings:
         sorted_buckets = buckets.gather(-1, order.order)
         in_bucket = places - order.start
         sizes = torch.zeros_like(self._counts, dtype=torch.int64)
-        sizes = torch.cat((sizes, sizes.new_zeros(*sizes.shape[:-1], 1)), dim=-1)
         sizes.scatter_add_(-1, buckets, torch.ones_like(buckets))
-        self._counts = sizes[..., :-1].int()
+        self._counts = sizes.int()
+        self._counts[..., self.num_buckets] = 0
         newest = in_bucket >= sizes.gather(-1, sorted_buckets) - self.window
         newest &= sorted_buckets < self.num_buckets
         slot = sorted_buckets * self.window + in_bucket % self.window
@@ -291,11 +375,12 @@ class LSHRings:
             raise ValueError(f"cannot crop to {lengths_B.tolist()} tokens: there are {self.lengths.tolist()}")
         steps = int((self.lengths - lengths_B).max())
         if steps > _MOST_AT_ONCE:
-            self.lengths = lengths_B.clone()
+            self._set_lengths(lengths_B.clone())
             self._rebuild()
             return
         for _ in range(steps):
             self._step_back(self.lengths > lengths_B)
+        self._set_lengths(self.lengths)
 
     def _step_back(self, rows: Tensor) -> None:
         """The last token of these rows leaves its rings, and what it drove out comes back."""
@@ -320,6 +405,8 @@ class LSHRings:
         )
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+        self._set_lengths(self.lengths)
+        self._number()
 
 
 def _softmax(parts: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reformer_lm import ReformerLMConfig
-from reformer_lm.layers.positions import PositionEmbedding, apply_rotary, rotary_angles
+from reformer_lm.layers.positions import PositionEmbedding, apply_rotary, rotary_angles, rotary_factors
 
 
 def embedding(**options: object) -> PositionEmbedding:
@@ -49,7 +49,7 @@ def test_rotary_products_depend_on_the_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def product(i: int, j: int) -> torch.Tensor:
-        rotated = [apply_rotary(x, rotary_angles(torch.tensor([[p]]), 16, torch.float64)) for x, p in ((q, i), (k, j))]
+        rotated = [apply_rotary(x, rotary_factors(torch.tensor([[p]]), 16, torch.float64)) for x, p in ((q, i), (k, j))]
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(product(9, 4), product(1_000_005, 1_000_000), rtol=0, atol=1e-8)

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_lm.ops.hashing import factorize_buckets, hash_vectors, sample_rotations, sort_by_bucket
+from reformer_lm.ops.hashing import (
+    factorize_buckets,
+    hash_next,
+    hash_vectors,
+    sample_rotations,
+    sort_by_bucket,
+    stack_rotations,
+)
 
 
 def test_hash_is_the_argmax_of_the_projection_and_its_negative() -> None:
@@ -84,6 +91,26 @@ def test_hash_is_taken_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = hash_vectors(x, rotations)
     assert torch.equal(inside, hash_vectors(x, rotations))
+
+
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    rounds=st.integers(1, 4),
+    factors=st.lists(st.integers(1, 9).map(lambda half: 2 * half), min_size=1, max_size=3).map(tuple),
+    seed=st.integers(0, 2**31),
+)
+def test_one_vector_hashes_as_among_many(
+    batch: int, heads: int, rounds: int, factors: tuple[int, ...], seed: int
+) -> None:
+    x = torch.randn(batch, heads, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x[0, 0, 0] = 0
+    rotations = sample_rotations(heads, 8, rounds, factors, seed)
+    expected = hash_vectors(x, rotations)
+    for t in range(5):
+        found = hash_next(x[:, :, t : t + 1], stack_rotations(rotations))
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected[..., t : t + 1])
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))

@@ -90,7 +90,7 @@ def test_what_was_overwritten_cannot_be_gone_back_to() -> None:
     ring = LocalRing(1, window=9)
     ring.fill(*(x[:, :, :200] for x in inputs[1:]))
     most = ring.size - 9 + 1
-    with pytest.raises(ValueError, match=f"at most {most} can be taken back"):
+    with pytest.raises(ValueError, match=rf"at most \[{most}\] can be taken back"):
         ring.crop(torch.tensor([200 - most - 1]))
     with pytest.raises(ValueError, match=r"there are \[200\]"):
         ring.crop(torch.tensor([201]))
