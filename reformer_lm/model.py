@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from reformer_lm.cache import LSHCache
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.compaction import Compaction, document_positions
+from reformer_lm.layers.linear import Linear
 from reformer_lm.layers.norms import FinalNorm
 from reformer_lm.layers.positions import PositionEmbedding
 from reformer_lm.layers.reversible import ReversibleStack
@@ -28,7 +29,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         width = config.embedding_size or config.hidden_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = PositionEmbedding(config)
-        self.embedding_projection = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
+        self.embedding_projection = Linear(width, config.hidden_size) if width != config.hidden_size else None
         self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.stack = ReversibleStack(config)
         self.norm = FinalNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -227,8 +228,8 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         width = config.embedding_size or config.hidden_size
         self.reformer = ReformerLMModel(config)
-        self.head_projection = nn.Linear(config.hidden_size, width) if width != config.hidden_size else None
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=config.lm_head_bias)
+        self.head_projection = Linear(config.hidden_size, width) if width != config.hidden_size else None
+        self.lm_head = Linear(width, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -250,7 +251,19 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Assisted decoding wants a cache from the beginning."""
+        """A cache from the beginning, as assisted decoding wants it; and a word at once on what cannot fit.
+
+        Raises:
+            ValueError: the text could grow beyond max_position_embeddings, which it would say only when it is there.
+        """
+        mask = model_kwargs.get("attention_mask")
+        padding = 0 if mask is None or mask.dim() != 2 else int((mask == 0).sum(dim=1).min())
+        tokens, longest = generation_config.max_length - padding, self.config.max_position_embeddings
+        if tokens > longest:
+            raise ValueError(
+                f"prompt and new tokens would come to {tokens:,}, more than max_position_embeddings ({longest:,}): "
+                "give a smaller max_new_tokens or a shorter prompt"
+            )
         wanted = generation_config.use_cache is not False and self.config.lsh_mask == "causal"
         if wanted and model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None:
             model_kwargs["past_key_values"] = LSHCache(self.config)

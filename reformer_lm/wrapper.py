@@ -102,7 +102,8 @@ class TrainingWrapper(nn.Module):
     ) -> Tensor:
         """Samples ``seq_len`` tokens, or fewer if every row has ended.
 
-        Beyond ``max_seq_len`` only the last so many tokens are seen.
+        A net that has a cache reads each token once. Beyond ``max_seq_len`` only the last so many tokens are seen, and
+        all of them are read again for each new one, as in reformer-pytorch.
 
         Args:
             start_tokens: prompts [B, T] or one prompt [T], T >= 1.
@@ -111,7 +112,7 @@ class TrainingWrapper(nn.Module):
             temperature: divides the logits.
             filter_logits_fn: `top_k`, `top_p` or any function of (logits [B, vocabulary], thres=).
             filter_thres: given to it.
-            **kwargs: ``input_mask`` (bool [B, T]); others go to the net.
+            **kwargs: ``input_mask`` (bool [B, T]); others go to the net, which then works without a cache.
 
         Returns:
             The new tokens only, [B, n] or [n].
@@ -122,11 +123,21 @@ class TrainingWrapper(nn.Module):
         mask = kwargs.pop("input_mask", None)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         begin = tokens.shape[1]
+        cache = None
         ended = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
         try:
             for _ in range(seq_len):
+                if tokens.shape[1] > self.max_seq_len:
+                    cache = None
                 seen, seen_mask = tokens[:, -self.max_seq_len :], mask[:, -self.max_seq_len :]
-                logits = self.net(seen, attention_mask=seen_mask, logits_to_keep=1, **kwargs).logits[:, -1]
+                if cache is not None:
+                    seen = seen[:, -1:]
+                cached = not kwargs and tokens.shape[1] <= self.max_seq_len
+                output = self.net(
+                    seen, attention_mask=seen_mask, past_key_values=cache, use_cache=cached, logits_to_keep=1, **kwargs
+                )
+                # None where the net has no cache.
+                cache, logits = output.past_key_values, output.logits[:, -1]
                 weights = torch.softmax(filter_logits_fn(logits, thres=filter_thres) / temperature, dim=-1)
                 sample = torch.multinomial(weights, 1)
                 if eos_token is not None:

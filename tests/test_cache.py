@@ -232,6 +232,27 @@ def test_what_does_not_fit_is_said(model: ReformerLMForCausalLM) -> None:
     assert model(draw(2, 10), past_key_values=cache).logits.isfinite().all()
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_begins(model: ReformerLMForCausalLM) -> None:
+    prompt = draw(2, 190)
+    with pytest.raises(ValueError, match=r"come to 201, more than max_position_embeddings \(200\)"):
+        model.generate(prompt, max_new_tokens=11)
+    # Padding takes no position.
+    mask = torch.ones_like(prompt)
+    mask[:, :20] = 0
+    assert model.generate(prompt, attention_mask=mask, max_new_tokens=30).shape == (2, 220)
+    with pytest.raises(ValueError, match="come to 201"):
+        model.generate(prompt, attention_mask=mask, max_new_tokens=31)
+
+
+def test_the_cache_grows_no_further_than_the_model_reads() -> None:
+    model = make_model()
+    cache = LSHCache(model.config)
+    with torch.no_grad():
+        model(draw(1, 130), past_key_values=cache)
+        model(draw(1, 1), past_key_values=cache)
+    assert {layer.lsh.capacity for layer in cache.layers} == {200}
+
+
 def test_float32_stays_close() -> None:
     model = make_model().float()
     tokens = draw(1, 120)

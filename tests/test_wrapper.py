@@ -60,6 +60,27 @@ def test_generate_returns_new_tokens_of_the_prompts_rank(wrapper: TrainingWrappe
     assert wrapper.generate(torch.tensor([1]), 40).shape == (40,)
 
 
+@pytest.mark.parametrize("prompt", [[[1, 2, 3], [4, 5, 6]], [[7]]])
+def test_generated_tokens_are_the_same_with_and_without_a_cache(wrapper: TrainingWrapper, prompt: list) -> None:
+    prompt = torch.tensor(prompt)
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    mask[0, :-1] = False
+    texts = []
+    # Any further argument to the net means no cache. Past the longest sequence there is none either.
+    for options in ({}, {"output_hidden_states": False}):
+        torch.manual_seed(3)
+        texts.append(wrapper.generate(prompt, 45, input_mask=mask, **options))
+    assert torch.equal(*texts)
+
+
+def test_generate_reads_each_token_once(wrapper: TrainingWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    forward = wrapper.net.forward
+    monkeypatch.setattr(wrapper.net, "forward", lambda x, **options: read.append(x.shape[1]) or forward(x, **options))
+    wrapper.generate(torch.tensor([1, 2, 3]), 6)
+    assert read == [3, 1, 1, 1, 1, 1]
+
+
 def test_generate_follows_the_filter_and_the_temperature(wrapper: TrainingWrapper) -> None:
     def best_only(logits: torch.Tensor, thres: float) -> torch.Tensor:
         assert thres == 0.5
