@@ -12,24 +12,31 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
+from reformer_lm.cache import LSHCache
 from reformer_lm.errors import InputError
 from reformer_lm.generation.sampling import GenerationSettings, SeededSampling
+from reformer_lm.generation.streaming import (
+    STREAMED_CONTEXT,
+    ContinuationStreamer,
+    Relay,
+    StopStrings,
+    continuation_text,
+    first_stop,
+)
 from reformer_lm.text import encode_article
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Tokens of the prompt that a streamer decodes before the first new token, so that the seam between them is
-# right.
-STREAMED_CONTEXT = 16
+FinishReason = Literal["end", "stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,9 @@ class GeneratedText:
         prompt_index: Which of the prompts, from 0.
         sample_index: Which sample of that prompt, from 0.
         text: The continuation, without the prompt.
-        token_ids: The new tokens, without the end of the article.
-        finished: Whether the model ended the article itself, rather than reaching the length.
+        token_ids: The new tokens, without the end of the article; with those of a stop string, which is not in the
+            text.
+        finish_reason: "end" where the model ended the article, "stop" where a stop string came, else "length".
         tokens_per_second: New tokens of all samples of its batch, by the time the batch took.
     """
 
@@ -51,8 +59,13 @@ class GeneratedText:
     sample_index: int
     text: str
     token_ids: tuple[int, ...]
-    finished: bool
+    finish_reason: FinishReason
     tokens_per_second: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text came to an end of its own before the length was reached."""
+        return self.finish_reason != "length"
 
 
 class TextGenerator:
@@ -117,67 +130,130 @@ class TextGenerator:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if streamer is not None and len(prompts) * samples != 1:
             raise InputError("only a single sample can be streamed")
-        encoded = [self._prompt_tokens(prompt, settings.length) for prompt in prompts]
+        encoded = [self.read_prompt(encode_article(self.tokenizer, prompt)[:-1], settings) for prompt in prompts]
         jobs = [
-            _Job(prompt, prompt_index, sample_index, tokens, self._generator(tokens))
+            Job(prompt, prompt_index, sample_index, tokens, self.random_numbers(tokens))
             for prompt_index, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))
             for sample_index in range(samples)
         ]
         return self._run(jobs, settings, batch_size, streamer)
 
-    def streamer(self, write: Callable[[str], None]) -> TextStreamer:
-        """A streamer for ``generate`` that gives the continuation to ``write``, piece by piece."""
-        return ContinuationStreamer(self.tokenizer, write)
+    def streamer(self, write: Callable[[str], None], stop: Sequence[str] = ()) -> TextStreamer:
+        """A streamer for ``generate`` that gives the continuation to ``write``, piece by piece.
+
+        Args:
+            write: Receives the pieces.
+            stop: The settings' stop strings.
+        """
+        return ContinuationStreamer(self.tokenizer, write, stop)
 
     def _run(
         self,
-        jobs: Sequence[_Job],
+        jobs: Sequence[Job],
         settings: GenerationSettings,
         batch_size: int,
         streamer: TextStreamer | None,
     ) -> Iterator[GeneratedText]:
         for first in range(0, len(jobs), batch_size):
-            batch = jobs[first : first + batch_size]
-            started = time.perf_counter()
-            rows = self._decode_batch(batch, settings, streamer)
-            seconds = time.perf_counter() - started
-            # The end of an article is a token that was drawn, too.
-            drawn = sum(len(tokens) + finished for tokens, finished in rows)
-            for job, (tokens, finished) in zip(batch, rows, strict=True):
-                yield GeneratedText(
-                    prompt=job.prompt,
-                    prompt_index=job.prompt_index,
-                    sample_index=job.sample_index,
-                    text=continuation_text(self.tokenizer, job.tokens[-STREAMED_CONTEXT:], tokens),
-                    token_ids=tuple(tokens),
-                    finished=finished,
-                    tokens_per_second=drawn / seconds,
-                )
+            yield from self.decode(jobs[first : first + batch_size], settings, streamer)[0]
 
-    def _decode_batch(
-        self, batch: Sequence[_Job], settings: GenerationSettings, streamer: TextStreamer | None
-    ) -> list[tuple[list[int], bool]]:
-        """The new tokens of each job, and whether the article ended."""
-        tokenizer = self.tokenizer
-        longest = max(len(job.tokens) for job in batch)
-        input_ids = torch.full((len(batch), longest), tokenizer.pad_token_id, dtype=torch.long)
+    def decode(
+        self,
+        jobs: Sequence[Job],
+        settings: GenerationSettings,
+        streamer: TextStreamer | None = None,
+        cache: LSHCache | None = None,
+    ) -> tuple[list[GeneratedText], list[list[int]]]:
+        """Continue some prompts together.
+
+        Args:
+            jobs: What is to be continued.
+            settings: How to sample.
+            streamer: Receives the tokens of a single job.
+            cache: Of a single job: what the model has read of it already; it is filled further.
+
+        Returns:
+            For each job its text, and the tokens the model has read or would read next: prompt and new ones, or what
+            is left of them after the text has slid on.
+        """
+        started = time.perf_counter()
+        rows = [_Row(job, list(job.tokens)) for job in jobs]
+        relay = None if streamer is None else Relay(streamer)
+        # More than one round only where texts slide on beyond the model's longest sequence.
+        while unfinished := [row for row in rows if row.finish_reason is None]:
+            self._decode_round(unfinished, settings, relay, cache)
+        if streamer is not None:
+            streamer.end()
+        seconds = time.perf_counter() - started
+        # The end of an article is a token that was drawn, too.
+        drawn = sum(len(row.new) + (row.finish_reason == "end") for row in rows)
+        texts = [self._generated(row, settings, drawn / seconds) for row in rows]
+        return texts, [row.context for row in rows]
+
+    def _generated(self, row: _Row, settings: GenerationSettings, tokens_per_second: float) -> GeneratedText:
+        job = row.job
+        text = continuation_text(self.tokenizer, job.tokens[-STREAMED_CONTEXT:], row.new)
+        assert row.finish_reason is not None
+        return GeneratedText(
+            prompt=job.prompt,
+            prompt_index=job.prompt_index,
+            sample_index=job.sample_index,
+            text=text[: first_stop(text, settings.stop)],
+            token_ids=tuple(row.new),
+            finish_reason=row.finish_reason,
+            tokens_per_second=tokens_per_second,
+        )
+
+    def _decode_round(
+        self, rows: Sequence[_Row], settings: GenerationSettings, relay: Relay | None, cache: LSHCache | None
+    ) -> None:
+        """Go on with rows until they are finished or the first of them fills the model's longest sequence."""
+        tokenizer, window = self.tokenizer, self.window
+        for row in rows:
+            if len(row.context) == window:
+                row.context = row.context[-(window // 2) :]
+                if cache is not None:
+                    cache.reset()
+        longest = max(len(row.context) for row in rows)
+        count = min(min(settings.length - len(row.new), window - len(row.context)) for row in rows)
+        input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        for row, job in enumerate(batch):
-            input_ids[row, longest - len(job.tokens) :] = torch.tensor(job.tokens)
-            attention_mask[row, longest - len(job.tokens) :] = 1
+        for index, row in enumerate(rows):
+            input_ids[index, longest - len(row.context) :] = torch.tensor(row.context)
+            attention_mask[index, longest - len(row.context) :] = 1
+        criteria = StoppingCriteriaList()
+        if settings.stop:
+            prompts = [row.job.tokens[-STREAMED_CONTEXT:] for row in rows]
+            criteria.append(StopStrings(tokenizer, settings.stop, prompts, [row.new for row in rows], longest))
         with self._undisturbed():
             output = self.model.generate(
                 input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
-                generation_config=self._generation_config(settings),
-                logits_processor=LogitsProcessorList([SeededSampling([job.random for job in batch], settings)]),
-                streamer=streamer,
+                generation_config=self._generation_config(settings, count, begins=not rows[0].new),
+                logits_processor=LogitsProcessorList([SeededSampling([row.job.random for row in rows], settings)]),
+                stopping_criteria=criteria,
+                streamer=relay,
+                **({} if cache is None else {"past_key_values": cache}),
             )
-        rows = []
-        for tokens in output[:, longest:].tolist():
-            finished = tokenizer.eos_token_id in tokens
-            rows.append((tokens[: tokens.index(tokenizer.eos_token_id)] if finished else tokens, finished))
-        return rows
+        for row, tokens in zip(rows, output[:, longest:].tolist(), strict=True):
+            self._take_in(row, tokens, settings)
+
+    def _take_in(self, row: _Row, tokens: list[int], settings: GenerationSettings) -> None:
+        """Adds what a round has drawn to a row, and finds out whether it is finished."""
+        ended = self.tokenizer.eos_token_id in tokens
+        if ended:
+            tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
+        # A row that a string has stopped is filled up while the others go on; padding is never drawn.
+        tokens = [token for token in tokens if token != self.tokenizer.pad_token_id]
+        row.new += tokens
+        row.context = row.context + tokens
+        text = continuation_text(self.tokenizer, row.job.tokens[-STREAMED_CONTEXT:], row.new) if settings.stop else ""
+        if first_stop(text, settings.stop) is not None:
+            row.finish_reason = "stop"
+        elif ended:
+            row.finish_reason = "end"
+        elif len(row.new) >= settings.length:
+            row.finish_reason = "length"
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -191,7 +267,7 @@ class TextGenerator:
             self.model.train(was_training)
             self.model.generation_config = saved
 
-    def _generation_config(self, settings: GenerationSettings) -> GenerationConfig:
+    def _generation_config(self, settings: GenerationSettings, count: int, begins: bool) -> GenerationConfig:
         tokenizer = self.tokenizer
         eos = tokenizer.eos_token_id
         never = {
@@ -203,11 +279,12 @@ class TextGenerator:
         # An embedding padded beyond the vocabulary has rows that no token belongs to.
         never.update(range(len(tokenizer), int(self.model.config.vocab_size)))
         options: dict[str, Any] = {
-            "max_new_tokens": settings.length,
+            "max_new_tokens": count,
+            "no_repeat_ngram_size": settings.no_repeat_ngram,
             "repetition_penalty": float(settings.repetition_penalty),
             "suppress_tokens": sorted(never - {eos, None}),
             # A prompt is there to be continued: the article does not end before one token was written.
-            "begin_suppress_tokens": [eos],
+            "begin_suppress_tokens": [eos] if begins else None,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": eos,
             "pad_token_id": tokenizer.pad_token_id,
@@ -216,25 +293,40 @@ class TextGenerator:
         }
         return GenerationConfig(**options)
 
-    def _prompt_tokens(self, prompt: str, length: int) -> list[int]:
-        """The article start and the prompt, cut at its beginning if it does not fit."""
-        longest = int(self.model.config.max_position_embeddings)
-        room = longest - length
-        if room < 1:
-            raise InputError(
-                f"a length of {length} does not fit: the model reads {longest} tokens, so "
-                f"at most {longest - 1} can be written after the start of an article"
-            )
-        tokens = encode_article(self.tokenizer, prompt)[:-1]
-        if len(tokens) > room:
+    @property
+    def window(self) -> int:
+        """The longest sequence that the model reads."""
+        return int(self.model.config.max_position_embeddings)
+
+    def read_prompt(self, tokens: list[int], settings: GenerationSettings) -> list[int]:
+        """What the model reads of a prompt: all, or with ``overflow="slide"`` its last tokens.
+
+        Args:
+            tokens: The article start and the prompt.
+            settings: Length and overflow.
+
+        Raises:
+            InputError: With ``overflow="error"``, if prompt and length do not fit into the model.
+        """
+        window = self.window
+        if settings.overflow == "error":
+            if len(tokens) + settings.length > window:
+                room = window - len(tokens)
+                most = f"write at most {room}" if room > 0 else f"give at most {window - 2} tokens of prompt"
+                raise InputError(
+                    f"prompt and length do not fit: {len(tokens)} tokens with the start of the article and "
+                    f"{settings.length} to be written, but the model reads {window}; {most}, or let the text slide on "
+                    "from its last half (--overflow slide)"
+                )
+            return tokens
+        if len(tokens) >= window:
             self._on_note(
-                f"the prompt has {len(tokens)} tokens, but the model reads {longest} and {length} are to be "
-                f"written: only the prompt's last {room} are read"
+                f"the prompt has {len(tokens)} tokens, but the model reads {window}: only its last {window // 2} are read"
             )
-            tokens = tokens[-room:]
+            return tokens[-(window // 2) :]
         return tokens
 
-    def _generator(self, tokens: Sequence[int]) -> torch.Generator:
+    def random_numbers(self, tokens: Sequence[int]) -> torch.Generator:
         """The random numbers of the next sample after these tokens."""
         number = self._samples_given[tuple(tokens)]
         self._samples_given[tuple(tokens)] += 1
@@ -244,8 +336,16 @@ class TextGenerator:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One sample that is to be drawn."""
+class Job:
+    """One sample that is to be drawn.
+
+    Attributes:
+        prompt: As given.
+        prompt_index: See `GeneratedText`.
+        sample_index: See `GeneratedText`.
+        tokens: What the model reads of the prompt.
+        random: The sample's own random numbers.
+    """
 
     prompt: str
     prompt_index: int
@@ -254,49 +354,11 @@ class _Job:
     random: torch.Generator
 
 
-class ContinuationStreamer(TextStreamer):
-    """Hands the continuation to a function as it grows, a Chinese character at a time.
+@dataclass
+class _Row:
+    """A job at work: the tokens the model reads (those of the prompt at first), and all new ones."""
 
-    Decoding one token more only ever appends text, so that what it has written is exactly
-    ``GeneratedText.text``. transformers' own streamer decodes new tokens apart from the prompt and forgets
-    them at a newline, which loses spaces and joins of words at such seams.
-
-    Args:
-        tokenizer: The tokenizer to decode with.
-        write: Receives each new piece of text.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer)
-        self._write = write
-        self._tokens: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receive the prompt, then one token at a time.
-
-        Args:
-            value: [1, tokens] at first, then [1].
-        """
-        if self._tokens:
-            self._write(continuation_text(self.tokenizer, self._tokens, value.tolist()))
-        self._tokens = [*self._tokens, *value.flatten().tolist()][-STREAMED_CONTEXT:]
-
-    def end(self) -> None:
-        """Get ready for another sample; nothing is held back."""
-        self._tokens = []
-
-
-def continuation_text(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], continuation: Iterable[int]) -> str:
-    """The text that tokens add to a prompt, with the space (or the join of a word) between the two.
-
-    Args:
-        tokenizer: The tokenizer to decode with.
-        prompt: The last tokens of the prompt.
-        continuation: The tokens after it.
-
-    Returns:
-        The text; special tokens are left out.
-    """
-    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *continuation], skip_special_tokens=True)
-    return whole[len(before) :]
+    job: Job
+    context: list[int]
+    new: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from reformer_lm.errors import InputError
@@ -29,6 +32,14 @@ class GenerationSettings:
         top_p: Draw from the likeliest tokens that make up this share of the probability; 1 for all.
         repetition_penalty: Above 1 makes tokens that were already used less likely (Keskar et al. 2019,
             section 4.1).
+        min_p: Leave out tokens less likely than this share of the likeliest one's probability; 0 for none
+            (Nguyen et al. 2024, arXiv 2407.01082).
+        typical_p: Draw from the tokens whose surprisal is nearest to the expected one, up to this share of the
+            probability; 1 for all (Meister et al. 2022, arXiv 2202.00666).
+        no_repeat_ngram: No run of so many tokens comes twice; 0 for no such rule.
+        stop: Strings that end the text; they are not part of it.
+        overflow: What happens where prompt and length do not fit into the model's longest sequence: "error" refuses;
+            "slide" goes on from the last half of it whenever it is full.
     """
 
     length: int = 200
@@ -36,6 +47,11 @@ class GenerationSettings:
     top_k: int = 40
     top_p: float = 0.95
     repetition_penalty: float = 1.1
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    no_repeat_ngram: int = 0
+    stop: tuple[str, ...] = ()
+    overflow: Literal["error", "slide"] = "error"
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
@@ -49,6 +65,16 @@ class GenerationSettings:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InputError(f"repetition_penalty must be greater than 0, got {self.repetition_penalty}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not 0 < self.typical_p <= 1:
+            raise InputError(f"typical_p must be in (0, 1], got {self.typical_p}")
+        if self.no_repeat_ngram < 0:
+            raise InputError(f"no_repeat_ngram must be at least 1, or 0 for no such rule, got {self.no_repeat_ngram}")
+        if not all(self.stop):
+            raise InputError("a stop string is empty: give at least one character")
+        if self.overflow not in ("error", "slide"):
+            raise InputError(f'overflow must be "error" or "slide", got {self.overflow!r}')
 
 
 class SeededSampling(LogitsProcessor):
@@ -59,7 +85,7 @@ class SeededSampling(LogitsProcessor):
 
     Args:
         generators: One for each row, on the CPU.
-        settings: Temperature, top_k and top_p, applied in this order.
+        settings: Temperature, top_k, top_p, min_p and typical_p, applied in this order, which is transformers'.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], settings: GenerationSettings) -> None:
@@ -69,6 +95,10 @@ class SeededSampling(LogitsProcessor):
             self.warpers.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1:
             self.warpers.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(settings.min_p))
+        if settings.typical_p < 1:
+            self.warpers.append(TypicalLogitsWarper(settings.typical_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Draw.

@@ -37,7 +37,7 @@ def build_parser() -> CommandLineParser:
         bare_argument_hint="a text is given as --text {word}",
     )
     texts = parser.add_argument_group("texts (prompts, or sentences to score)")
-    texts.add_argument("--text", action="append", default=[], help="a text; may be repeated")
+    texts.add_argument("--text", "--prefix", action="append", default=[], help="a text; may be repeated")
     texts.add_argument(
         "--file",
         metavar="PATH",
@@ -45,7 +45,10 @@ def build_parser() -> CommandLineParser:
     )
     texts.add_argument("--unconditional", action="store_true", help="generate articles from nothing")
     texts.add_argument(
-        "--interactive", action="store_true", help="ask for one text after the other; an empty line ends"
+        "--interactive",
+        action="store_true",
+        help="write a text in turns: each line goes on with it, then the model does; /new begins another, an empty "
+        "line ends (with --ppl: score one line after the other)",
     )
 
     job = parser.add_argument_group("job and output")
@@ -81,6 +84,7 @@ def build_parser() -> CommandLineParser:
     )
     generation.add_argument(
         "--top_k",
+        "--topk",
         type=_integer(0),
         default=defaults["top_k"],
         metavar="N",
@@ -88,6 +92,7 @@ def build_parser() -> CommandLineParser:
     )
     generation.add_argument(
         "--top_p",
+        "--topp",
         type=_share,
         default=defaults["top_p"],
         metavar="P",
@@ -99,6 +104,41 @@ def build_parser() -> CommandLineParser:
         default=defaults["repetition_penalty"],
         metavar="X",
         help="above 1: avoid tokens already used (%(default)s)",
+    )
+    generation.add_argument(
+        "--min_p",
+        type=_number_from_0_to_1,
+        default=defaults["min_p"],
+        metavar="P",
+        help="leave out tokens less likely than this share of the likeliest; 0: none (%(default)s)",
+    )
+    generation.add_argument(
+        "--typical_p",
+        type=_share,
+        default=defaults["typical_p"],
+        metavar="P",
+        help="draw from the tokens of the most typical surprisal that share this probability; 1: all (%(default)s)",
+    )
+    generation.add_argument(
+        "--no_repeat_ngram",
+        type=_integer(0),
+        default=defaults["no_repeat_ngram"],
+        metavar="N",
+        help="no run of N tokens comes twice; 0: no such rule (%(default)s)",
+    )
+    generation.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sample before this text; may be repeated",
+    )
+    generation.add_argument(
+        "--overflow",
+        choices=("error", "slide"),
+        default=defaults["overflow"],
+        help="where text and length exceed the longest sequence of the model: refuse, or go on from its last half "
+        "whenever it is full (%(default)s)",
     )
     generation.add_argument(
         "--seed",
@@ -136,6 +176,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"{' and '.join(sources)} exclude each other; give one of them")
     if arguments.ppl and arguments.unconditional:
         raise InputError("--ppl scores texts, so --unconditional leaves nothing to score; give --text or --file")
+    if arguments.interactive and not arguments.ppl and arguments.nsamples > 1:
+        raise InputError("--interactive writes one text; give --nsamples 1, or --text or --file for several samples")
     if not sources:
         wanted = "--text, --file or --interactive"
         raise InputError(f"no text; give {wanted if arguments.ppl else '--unconditional, ' + wanted}")
@@ -169,6 +211,10 @@ def _number(word: str, wanted: str, allowed: Callable[[float], bool]) -> float:
 
 def _positive_number(word: str) -> float:
     return _number(word, "a number greater than 0", lambda value: value > 0)
+
+
+def _number_from_0_to_1(word: str) -> float:
+    return _number(word, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def _share(word: str) -> float:

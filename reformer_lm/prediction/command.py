@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.errors import InputError
-from reformer_lm.generation import GenerationSettings, TextGenerator
+from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
 from reformer_lm.prediction import reports
 from reformer_lm.prediction.arguments import parse_arguments
 from reformer_lm.prediction.inputs import decode_line, given_texts
@@ -20,8 +20,10 @@ from reformer_lm.prediction.saved_model import choose_device, load_model
 from reformer_lm.scoring import ScoreTotals, score_stream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
+# In place of a line of text with --interactive.
+NEW_TEXT = "/new"
 GENERATION_BATCH_SIZE = 8
 SCORING_BATCH_SIZE = 16
 # What a shell reports for a program whose reader went away (SIGPIPE).
@@ -61,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model_dir, device)
     job = _Scoring(arguments, model, tokenizer) if arguments.ppl else _Generation(arguments, model, tokenizer)
     if arguments.interactive:
-        _converse(job.run, quiet=arguments.quiet)
+        _converse(job.turn, quiet=arguments.quiet)
     else:
         job.run(iter([""]) if arguments.unconditional else texts)
 
@@ -77,6 +79,10 @@ class _Scoring:
         self._batch_size = arguments.batch_size or SCORING_BATCH_SIZE
         self._format = reports.score_json if arguments.json else reports.score_line
         self._quiet = arguments.quiet
+
+    def turn(self, line: str) -> None:
+        """Score one line."""
+        self.run(iter([line]))
 
     def run(self, texts: Iterator[str]) -> None:
         """Print a line for each text, and to stderr the totals if there are several."""
@@ -100,6 +106,11 @@ class _Generation:
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             repetition_penalty=arguments.repetition_penalty,
+            min_p=arguments.min_p,
+            typical_p=arguments.typical_p,
+            no_repeat_ngram=arguments.no_repeat_ngram,
+            stop=tuple(arguments.stop),
+            overflow=arguments.overflow,
         )
         self._seed: int = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
         self._samples: int = arguments.nsamples
@@ -108,6 +119,7 @@ class _Generation:
         self._quiet: bool = arguments.quiet
         self._keep_empty: bool = arguments.unconditional
         self._generator = TextGenerator(model, tokenizer, seed=self._seed, on_note=_note)
+        self._conversation = Conversation(self._generator, self._settings)
 
     def run(self, texts: Iterator[str]) -> None:
         """Print the samples of each text, and to stderr the seed and the speed."""
@@ -116,17 +128,36 @@ class _Generation:
             raise InputError("the text is empty; for articles from nothing there is --unconditional")
         started = time.perf_counter()
         tokens = self._stream(prompts) if self._is_streamed(prompts) else self._print(prompts)
-        seconds = time.perf_counter() - started
+        self._note_speed(tokens, time.perf_counter() - started)
+
+    def turn(self, line: str) -> None:
+        """Go on with the text of the conversation, or begin another."""
+        if line == NEW_TEXT:
+            self._conversation.begin_anew()
+            return
+        started = time.perf_counter()
+        if self._json:
+            sample = self._conversation.turn(line)
+            print(reports.sample_json(sample, self._settings, self._seed), flush=True)
+        else:
+            print(line, end="", flush=True)
+            sample = self._conversation.turn(line, self._streamer())
+            print()
+        self._note_speed(len(sample.token_ids), time.perf_counter() - started)
+
+    def _note_speed(self, tokens: int, seconds: float) -> None:
         if not self._quiet:
             _note(f"seed {self._seed}; {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
+
+    def _streamer(self) -> TextStreamer:
+        return self._generator.streamer(lambda piece: print(piece, end="", flush=True), self._settings.stop)
 
     def _is_streamed(self, prompts: Sequence[str]) -> bool:
         return len(prompts) == 1 and self._samples == 1 and not self._json
 
     def _stream(self, prompts: Sequence[str]) -> int:
         """Print a single sample while it is drawn."""
-        streamer = self._generator.streamer(lambda piece: print(piece, end="", flush=True))
-        samples = self._generator.generate(prompts, self._settings, streamer=streamer)
+        samples = self._generator.generate(prompts, self._settings, streamer=self._streamer())
         print(prompts[0], end="", flush=True)
         (sample,) = samples
         print()
@@ -148,7 +179,7 @@ class _Generation:
         return tokens
 
 
-def _converse(run: Callable[[Iterator[str]], None], *, quiet: bool) -> None:
+def _converse(turn: Callable[[str], None], *, quiet: bool) -> None:
     """Give a job one line of stdin at a time, until an empty one or the end. A mistake does not end it."""
     while True:
         if not quiet:
@@ -160,7 +191,7 @@ def _converse(run: Callable[[Iterator[str]], None], *, quiet: bool) -> None:
         if not line:
             return
         try:
-            run(iter([decode_line(line)]))
+            turn(decode_line(line))
         # RuntimeError: the device's memory may be too small for this text, and large enough for the next.
         except (InputError, RuntimeError) as error:
             complain(error)

@@ -78,7 +78,7 @@ def sample_json(sample: GeneratedText, settings: GenerationSettings, seed: int) 
             "text": sample.text,
             "sample": sample.sample_index,
             "tokens": len(sample.token_ids),
-            "finished": sample.finished,
+            "finish_reason": sample.finish_reason,
             "seed": seed,
             "settings": asdict(settings),
             "tokens_per_second": round(sample.tokens_per_second, 2),

@@ -96,9 +96,14 @@ def test_json_lines_tell_how_to_repeat_them(predict):
             "top_k": 9,
             "top_p": 0.8,
             "repetition_penalty": 1.2,
+            "min_p": 0.0,
+            "typical_p": 1.0,
+            "no_repeat_ngram": 0,
+            "stop": [],
+            "overflow": "error",
         }
         assert record["tokens_per_second"] > 0
-        assert record["tokens"] == 5 or record["finished"]
+        assert record["finish_reason"] == ("length" if record["tokens"] == 5 else "end")
     assert len({record["text"] for record in records}) > 1
 
 
@@ -115,10 +120,30 @@ def test_articles_from_nothing(predict):
     assert records[0]["text"] != records[1]["text"]
 
 
-def test_prompt_longer_than_the_model_keeps_its_end_and_says_so(predict):
-    result = good(predict("--text", "山" * 100, "--length", "10", "--seed", "1"))
+def test_text_longer_than_the_model_slides_on_if_asked_to(predict):
+    arguments = ("--length", "100", "--seed", "1", "--overflow", "slide")
+    result = good(predict("--text", "山" * 100, *arguments))
     assert result.err.splitlines()[0].startswith("the prompt has 101 tokens")
     assert result.out.startswith("山" * 100)
+    (record,) = map(json.loads, good(predict("--text", "山" * 100, *arguments, "--json")).out.splitlines())
+    assert result.out == f"{'山' * 100}{record['text']}\n"
+
+
+def test_stop_strings_end_the_text_before_them(predict):
+    arguments = ("--text", "山", "--length", "40", "--seed", "1")
+    whole = good(predict(*arguments, "--quiet")).out.rstrip("\n")
+    stop = whole[10:12]
+    stopped = good(predict(*arguments, "--quiet", "--stop", "no such text", "--stop", stop)).out
+    assert stopped == whole[: whole.index(stop, 1)] + "\n"
+    (record,) = map(json.loads, good(predict(*arguments, "--stop", stop, "--json")).out.splitlines())
+    assert record["finish_reason"] == "stop" and record["settings"]["stop"] == [stop]
+    assert "山" + record["text"] + "\n" == stopped
+
+
+def test_names_of_gpt2_chinese_are_understood(predict):
+    ours = good(predict("--text", "山", "--length", "9", "--top_k", "5", "--top_p", "0.9", "--seed", "1"))
+    theirs = good(predict("--prefix", "山", "--length", "9", "--topk", "5", "--topp", "0.9", "--seed", "1"))
+    assert theirs.out == ours.out
 
 
 # --- where texts come from
@@ -154,6 +179,29 @@ def test_interactive_answers_each_line_and_survives_mistakes(predict):
     first = good(predict("--text", "山", "--length", "5", "--seed", "1")).out
     assert result.out.startswith(first)
     assert result.out != 2 * first
+
+
+def test_interactive_goes_on_with_the_text_until_another_begins(predict):
+    lines = "山\n水\n/new\n山".encode()
+    records = [
+        json.loads(line)
+        for line in good(
+            predict("--interactive", "--length", "5", "--seed", "1", "--json", stdin=lines)
+        ).out.splitlines()
+    ]
+    assert [record["prompt"] for record in records] == ["山", "水", "山"]
+    (alone,) = map(json.loads, good(predict("--text", "水", "--length", "5", "--seed", "1", "--json")).out.splitlines())
+    assert records[1]["text"] != alone["text"]
+    # The second time a text begins so, it goes on differently.
+    assert records[2]["text"] != records[0]["text"]
+
+
+def test_interactive_says_when_the_text_is_full(predict):
+    result = predict("--interactive", "--length", "25", "--seed", "1", stdin="山\n水\n火\n/new\n山".encode())
+    assert result.status == 0
+    assert result.err.count("error:") == 1
+    assert "the text has grown too long" in result.err and "begin anew" in result.err
+    assert result.err.count("seed 1;") == 3
 
 
 def test_interactive_ends_with_its_input(predict):

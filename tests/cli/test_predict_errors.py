@@ -125,8 +125,19 @@ def test_bad_stdin(predict):
 @pytest.mark.parametrize("samples", ["1", "2"])
 def test_length_beyond_the_model_is_refused(predict, samples):
     result = predict("--text", "山", "--length", str(MAXIMUM), "--nsamples", samples)
-    assert f"at most {MAXIMUM - 1}" in one_error(result)
+    # The start of the article and the prompt take a place each.
+    assert f"write at most {MAXIMUM - 2}, or let the text slide on" in one_error(result)
     assert result.out == ""
+
+
+def test_prompt_beyond_the_model_is_refused(predict):
+    result = predict("--text", "山" * 100, "--length", "10")
+    assert "101 tokens" in one_error(result)
+    assert f"at most {MAXIMUM - 2} tokens of prompt" in result.err
+
+
+def test_interactive_writes_one_text(predict):
+    assert "--nsamples 1" in one_error(predict("--interactive", "--nsamples", "2"))
 
 
 # --- a folder without a model, or with a broken one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.errors import InputError
-from reformer_lm.generation import GenerationSettings, TextGenerator
-from reformer_lm.generation.generator import STREAMED_CONTEXT, continuation_text
+from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
 from reformer_lm.generation.sampling import SeededSampling
+from reformer_lm.generation.streaming import STREAMED_CONTEXT, ContinuationStreamer, continuation_text, first_stop
 from reformer_lm.text import load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -193,6 +195,15 @@ def test_repetition_penalty_avoids_used_tokens(model, tokenizer):
     assert len(set(used)) == len(used)
 
 
+def test_no_run_comes_twice(model, tokenizer):
+    favour(model, [END], -50.0)
+    settings = GenerationSettings(length=40, top_k=1, repetition_penalty=1.0, no_repeat_ngram=2)
+    (sample,) = TextGenerator(model, tokenizer, seed=3).generate(["山水"], settings)
+    tokens = [*tokenizer.encode("山水"), *sample.token_ids]
+    pairs = list(itertools.pairwise(tokens))
+    assert len(set(pairs)) == len(pairs)
+
+
 def draw(probabilities, count, **options):
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     sampler = SeededSampling(generators, GenerationSettings(**{"top_k": 0, "top_p": 1.0, **options}))
@@ -221,6 +232,10 @@ def test_temperature_sharpens():
         ({"top_p": 0.75}, {0, 2}),
         ({"top_p": 0.45}, {0}),
         ({"top_k": 1}, {0}),
+        ({"min_p": 0.5}, {0, 2}),
+        ({"min_p": 0.7}, {0}),
+        # Surprisals 0.69, 1.20, 1.61; expected 1.03: the second is the most typical.
+        ({"typical_p": 0.2}, {2}),
         ({}, {0, 2, 3}),
     ],
 )
@@ -249,28 +264,158 @@ def test_a_token_of_probability_zero_is_never_drawn(weights, seed):
 # --- room in the model
 
 
-def test_prompt_that_does_not_fit_keeps_its_end(model, tokenizer):
+def test_prompt_that_does_not_fit_is_refused_or_keeps_its_end(model, tokenizer):
     favour(model, [END], -50.0)
     notes = []
     generator = TextGenerator(model, tokenizer, seed=1, on_note=notes.append)
-    long_prompt = "山水" * 50 + "春夏秋冬" * 13
-    (sample,) = generator.generate([long_prompt], PLAIN)
-    # 64 - 12 tokens are read: exactly the 52 last characters.
+    long_prompt = "山水" * 50 + "春夏秋冬" * 8
+    with pytest.raises(InputError, match=r"133 tokens .* 12 to be written, but the model reads 64"):
+        generator.generate([long_prompt], PLAIN)
+    slide = dataclasses.replace(PLAIN, overflow="slide")
+    (sample,) = generator.generate([long_prompt], slide)
+    # Half of 64 tokens are read: exactly the 32 last characters.
     assert len(notes) == 1
-    assert "153" in notes[0]
-    assert "52" in notes[0]
+    assert "133" in notes[0]
+    assert "32" in notes[0]
     assert len(sample.token_ids) == 12
-    (other_beginning,) = TextGenerator(model, tokenizer, seed=1).generate(["花" * 9 + "春夏秋冬" * 13], PLAIN)
+    (other_beginning,) = TextGenerator(model, tokenizer, seed=1).generate(["花" * 99 + "春夏秋冬" * 8], slide)
     assert other_beginning.text == sample.text
 
 
-def test_prompt_that_just_fits_is_not_cut(model, tokenizer):
-    notes = []
-    generator = TextGenerator(model, tokenizer, seed=1, on_note=notes.append)
-    list(generator.generate(["山" * (MAXIMUM - 12 - 1)], PLAIN))
-    assert notes == []
-    list(generator.generate(["山" * (MAXIMUM - 12)], PLAIN))
-    assert len(notes) == 1
+def test_prompt_that_just_fits(model, tokenizer):
+    generator = TextGenerator(model, tokenizer, seed=1)
+    assert len(list(generator.generate(["山" * (MAXIMUM - 12 - 1)], PLAIN))) == 1
+    with pytest.raises(InputError, match="write at most 11"):
+        generator.generate(["山" * (MAXIMUM - 12)], PLAIN)
+
+
+def test_sliding_text_goes_on_from_the_last_half(model, tokenizer):
+    favour(model, [END], -50.0)
+    greedy = GenerationSettings(length=150, top_k=1, repetition_penalty=1.0, overflow="slide")
+    samples = list(TextGenerator(model, tokenizer, seed=0).generate(["山水云风", "天"], greedy, samples=2))
+    for sample in samples:
+        context = [BEGIN, *tokenizer.encode(sample.prompt)]
+        for step, drawn in enumerate(sample.token_ids):
+            if len(context) == MAXIMUM:
+                context = context[-MAXIMUM // 2 :]
+            logits = model(torch.tensor([context])).logits[0, -1]
+            logits[[PAD, UNKNOWN, BEGIN]] = -torch.inf
+            if step == 0:
+                logits[END] = -torch.inf
+            assert drawn == logits.argmax().item(), step
+            context.append(drawn)
+        assert len(sample.token_ids) == 150 and sample.finish_reason == "length"
+
+
+# --- strings that end the text
+
+
+@pytest.mark.parametrize("overflow", ["error", "slide"])
+def test_text_ends_before_a_stop_string(model, tokenizer, overflow):
+    favour(model, [END], -50.0)
+    length = 40 if overflow == "error" else 150
+    free = dataclasses.replace(PLAIN, length=length, overflow=overflow)
+    prompts = ["山水", "春夏秋冬", "ab"]
+    whole = texts_of(TextGenerator(model, tokenizer, seed=5), prompts, settings=free)
+    stop = (whole[0][length // 2 : length // 2 + 2], whole[1][7], "no such text")
+    stopped = list(TextGenerator(model, tokenizer, seed=5).generate(prompts, dataclasses.replace(free, stop=stop)))
+    for text, sample in zip(whole, stopped, strict=True):
+        ends = [text.find(string) for string in stop if string in text]
+        assert sample.text == (text[: min(ends)] if ends else text)
+        assert sample.finish_reason == ("stop" if ends else "length")
+    assert stopped[0].finish_reason == stopped[1].finish_reason == "stop"
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=12),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_stream_holds_back_what_may_become_a_stop_string(pieces, stop):
+    written = []
+    streamer = ContinuationStreamer(None, written.append, stop)
+    for piece in pieces:
+        streamer._add(piece)
+        text = "".join(pieces)
+        assert text.startswith("".join(written))
+    streamer.end()
+    assert "".join(written) == text_before(pieces, stop)
+
+
+def text_before(pieces, stop):
+    text = ""
+    for piece in pieces:
+        text += piece
+        at = first_stop(text, stop)
+        if at is not None:
+            return text[:at]
+    return text
+
+
+@pytest.mark.parametrize("prompt", ["ab", "山水", ""])
+def test_streamed_text_ends_before_a_stop_string(model, tokenizer, prompt):
+    free = dataclasses.replace(PLAIN, length=40)
+    (whole,) = texts_of(TextGenerator(model, tokenizer, seed=2), [prompt], settings=free)
+    settings = dataclasses.replace(free, stop=(whole[8:10],))
+    generator = TextGenerator(model, tokenizer, seed=2)
+    pieces = []
+    (sample,) = generator.generate([prompt], settings, streamer=generator.streamer(pieces.append, settings.stop))
+    assert "".join(pieces) == sample.text == whole[: whole.index(whole[8:10])]
+
+
+# --- a text in turns
+
+
+def test_conversation_equals_the_whole_text_read_anew(model, tokenizer):
+    settings = dataclasses.replace(PLAIN, length=6)
+    cached = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain._cache = None
+    for words in ("山水", "春夏", "", "ab"):
+        before = cached.tokens_read
+        turn, expected = cached.turn(words), plain.turn(words)
+        assert turn.text == expected.text
+        assert cached.tokens == plain.tokens
+        # All but the last token, which nothing has followed yet.
+        assert cached.tokens_read == len(cached.tokens) - 1 > before
+    cached.begin_anew()
+    assert cached.tokens == () and cached.tokens_read == 0
+    fresh = Conversation(TextGenerator(model, tokenizer, seed=9), settings)
+    cached._generator = TextGenerator(model, tokenizer, seed=9)
+    assert cached.turn("天").text == fresh.turn("天").text
+
+
+def test_conversation_reads_only_what_is_new(model, tokenizer):
+    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), dataclasses.replace(PLAIN, length=6))
+    conversation.turn("山水云风花雪月")
+    read = []
+    with model.reformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1])):
+        conversation.turn("天地")
+    # The last token of the turn before, the new words, then one token after the other.
+    assert read == [3, 1, 1, 1, 1, 1]
+
+
+def test_conversation_slides_on(model, tokenizer):
+    favour(model, [END], -50.0)
+    settings = dataclasses.replace(PLAIN, length=30, overflow="slide")
+    cached = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain._cache = None
+    for words in ("山水", "春夏", "天", "地"):
+        assert cached.turn(words).text == plain.turn(words).text
+        assert cached.tokens == plain.tokens
+        assert len(cached.tokens) <= MAXIMUM
+
+
+def test_conversation_that_does_not_fit_stays_as_it_was(model, tokenizer):
+    favour(model, [END], -50.0)
+    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), dataclasses.replace(PLAIN, length=30))
+    conversation.turn("山水")
+    before = conversation.tokens
+    with pytest.raises(InputError, match="the text has grown too long: .*, or begin anew"):
+        conversation.turn("春夏秋冬")
+    assert conversation.tokens == before
+    with pytest.raises(InputError, match="^prompt and length do not fit"):
+        Conversation(TextGenerator(model, tokenizer, seed=3), PLAIN).turn("山" * MAXIMUM)
 
 
 def test_longest_possible_text(model, tokenizer):
@@ -278,7 +423,7 @@ def test_longest_possible_text(model, tokenizer):
     settings = GenerationSettings(length=MAXIMUM - 1)
     (sample,) = TextGenerator(model, tokenizer, seed=1).generate([""], settings)
     assert len(sample.token_ids) == MAXIMUM - 1
-    with pytest.raises(InputError, match=f"at most {MAXIMUM - 1}"):
+    with pytest.raises(InputError, match=f"write at most {MAXIMUM - 1}"):
         TextGenerator(model, tokenizer, seed=1).generate([""], GenerationSettings(length=MAXIMUM))
 
 
@@ -339,6 +484,12 @@ def test_continuation_keeps_the_join_with_the_prompt(tokenizer):
         {"top_p": 1.1},
         {"top_p": float("nan")},
         {"repetition_penalty": 0.0},
+        {"min_p": -0.1},
+        {"min_p": float("nan")},
+        {"typical_p": 0.0},
+        {"no_repeat_ngram": -1},
+        {"stop": ("。", "")},
+        {"overflow": "wrap"},
     ],
 )
 def test_settings_out_of_range_are_refused(options):
