@@ -59,7 +59,7 @@ class Generator(NamedTuple):
         package: the distribution that brings it.
         build: makes the model, for `Sizes.tokens` tokens at most.
         generate: (model, prompt [B, T], count) -> new tokens [B, count].
-        new_tokens: how many new tokens are timed at most: where each one costs a whole forward pass, fewer tell as much.
+        new_tokens: how many new tokens are timed at most: where each costs a whole forward pass, fewer tell as much.
     """
 
     label: str

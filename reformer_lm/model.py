@@ -229,7 +229,7 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         width = config.embedding_size or config.hidden_size
         self.reformer = ReformerLMModel(config)
         self.head_projection = Linear(config.hidden_size, width) if width != config.hidden_size else None
-        self.lm_head = Linear(width, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head: nn.Linear = Linear(width, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -320,10 +320,11 @@ class TextGenerator:
                 )
             return tokens
         if len(tokens) >= window:
+            half = window // 2
             self._on_note(
-                f"the prompt has {len(tokens)} tokens, but the model reads {window}: only its last {window // 2} are read"
+                f"the prompt has {len(tokens)} tokens, but the model reads {window}: only its last {half} are read"
             )
-            return tokens[-(window // 2) :]
+            return tokens[-half:]
         return tokens
 
     def random_numbers(self, tokens: Sequence[int]) -> torch.Generator:
