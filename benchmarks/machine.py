@@ -40,6 +40,8 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # "AVX2", "AVX512": what torch's kernels may use. Processors of one name differ here, and in bfloat16 by far.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -26,18 +26,24 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
     return elapsed
 
 
-def measure_times(calls: dict[str, Callable[[], Any]], repetitions: int, device: str) -> dict[str, dict[str, Any]]:
+def measure_times(
+    calls: dict[str, Callable[[], Any]],
+    repetitions: int,
+    device: str,
+    warm_ups: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Times all calls in rounds, after one round that does not count; the order rotates.
 
     Args:
         calls: by name.
         repetitions: rounds that count.
         device: "cpu" or "cuda".
+        warm_ups: by name, what is called in the round that does not count; the calls themselves if not given.
 
     Returns:
         By name: all samples, their median, least and largest, and the warm-up call, in seconds.
     """
-    warm_up = {name: seconds_of(call, device) for name, call in calls.items()}
+    warm_up = {name: seconds_of(call, device) for name, call in (warm_ups or calls).items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for repetition in range(repetitions):

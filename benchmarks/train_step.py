@@ -1,7 +1,7 @@
 """The time of one training step, forward, backward and AdamW: ours beside its peers.
 
     python benchmarks/train_step.py                      # 4,096 and 16,384 tokens
-    python benchmarks/train_step.py --lengths 65536 --repetitions 3 --contenders ours gpt2
+    python benchmarks/train_step.py --lengths 65536 --repetitions 1 --contenders ours gpt2_lean --short_warm_up
     python benchmarks/train_step.py --report             # the tables of docs/benchmarks.md, from what was measured
 
 All contenders of a length are in one process and are called in rounds, in rotating order. "_bf16" behind a contender's
@@ -31,14 +31,19 @@ def label_of(name: str) -> str:
     return f"{label}, bf16 autocast" if name.endswith(BF16) else label
 
 
-def measure_group(sizes: Sizes, names: list[str], device: str, repetitions: int) -> dict[str, Any]:
-    """All contenders of one size."""
+def measure_group(
+    sizes: Sizes, names: list[str], device: str, repetitions: int, short_warm_up: bool = False
+) -> dict[str, Any]:
+    """All contenders of one size; with ``short_warm_up`` the step that does not count has 256 tokens."""
     trainees = {name: Trainee(name.removesuffix(BF16), sizes, device, name.endswith(BF16)) for name in names}
     calls = {name: lambda trainee=trainee: trainee.step(update=True) for name, trainee in trainees.items()}
+    warm_ups = None
+    if short_warm_up:
+        warm_ups = {name: lambda trainee=trainee: trainee.step(256, update=True) for name, trainee in trainees.items()}
     machine = describe_machine()
     return {
-        **sizes._asdict(), "commit": machine["commit"], "date": machine["date"],
-        "contenders": measure_times(calls, repetitions, device),
+        **sizes._asdict(), "commit": machine["commit"], "date": machine["date"], "short_warm_up": short_warm_up,
+        "contenders": measure_times(calls, repetitions, device, warm_ups),
     }  # fmt: skip
 
 
@@ -78,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     every = [name + suffix for name in CONTENDERS for suffix in ("", BF16)]
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=every, metavar="NAME")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--short_warm_up", action="store_true", help="for steps of many minutes: warm up at 256 tokens")
     parser.add_argument("--out", type=Path, help="benchmarks/results/train_step_<machine>.json if not given")
     parser.add_argument("--report", action="store_true", help="print the tables, measure nothing")
     arguments = parser.parse_args(argv)
@@ -92,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = Sizes(tokens, arguments.hidden_size, arguments.depth, arguments.heads, arguments.vocab_size)
         if any(all(group[name] == value for name, value in sizes._asdict().items()) for group in results["groups"]):
             continue
-        group = measure_group(sizes, arguments.contenders, arguments.device, arguments.repetitions)
+        group = measure_group(
+            sizes, arguments.contenders, arguments.device, arguments.repetitions, arguments.short_warm_up
+        )
         results |= {"machine": describe_machine(), "device": arguments.device}
         results["groups"].append(group)
         out.parent.mkdir(parents=True, exist_ok=True)

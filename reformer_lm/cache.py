@@ -149,6 +149,26 @@ class LSHCache(Cache):
         if self.real is not None and self.real.shape[0] != rows:
             raise ValueError(f"the cache holds {self.real.shape[0]} rows, and the input has {rows}")
 
+    def mask_of_new_tokens(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """The columns of a mask that belong to new tokens [B, T].
+
+        Args:
+            attention_mask: over all tokens, or over the new ones only, or None.
+            shape: of the new tokens, (B, T).
+
+        Raises:
+            ValueError: it has another number of columns.
+        """
+        if attention_mask is None:
+            return None
+        earlier, new = self.get_seq_length(), shape[1]
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (new, earlier + new):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape[0]} rows and as many columns "
+                f"as there are new tokens ({new}), or these and the {earlier} before them"
+            )
+        return attention_mask[:, -new:]
+
     def take_in(self, real: Tensor) -> None:
         """Notes new columns, bool [B, T]: which are tokens."""
         self.real = real if self.real is None else torch.cat((self.real, real), dim=1)

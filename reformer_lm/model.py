@@ -115,7 +115,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         earlier = None if cache is None else cache.lengths
         if cache is not None:
             cache.require_rows(shape[0])
-            attention_mask = _of_new_tokens(attention_mask, cache, shape)
+            attention_mask = cache.mask_of_new_tokens(attention_mask, shape)
             if document_ids is not None:
                 raise ValueError("document_ids cannot be used with a cache: give each document a row of its own")
         order = Compaction.of(attention_mask)
@@ -204,19 +204,6 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             x = self.embedding_projection(x)
         # The residual streams stay float32 in mixed precision: they are added up and taken apart again.
         return self.embedding_dropout(x).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _of_new_tokens(attention_mask: Tensor | None, cache: LSHCache, shape: torch.Size) -> Tensor | None:
-    """The columns of a mask over all tokens, or over new ones only, that belong to the new ones [B, T]."""
-    if attention_mask is None:
-        return None
-    expected = {shape[1], cache.get_seq_length() + shape[1]}
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in expected:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {shape[0]} rows and as many columns as "
-            f"there are new tokens ({shape[1]}), or these and the {cache.get_seq_length()} before them"
-        )
-    return attention_mask[:, -shape[1] :]
 
 
 class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):

@@ -23,7 +23,7 @@ ALLOWED = {
     "text": {"corpus", "command_line"},  # builds vocabularies from corpora
     "corpus": {"text"},
     "scoring": {"model", "text"},
-    "generation": {"text"},
+    "generation": {"text", "cache"},
     "training": {"config", "model", "text", "corpus", "generation", "command_line"},
     "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "command_line"},
     "__init__": {"cache", "config", "layers", "model", "wrapper"},

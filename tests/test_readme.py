@@ -50,6 +50,9 @@ def test_commands_are_accepted(command: list[str], monkeypatch: pytest.MonkeyPat
             parse_train(arguments)
         case ["python", "predict.py", *arguments]:
             parse_predict(arguments)
+        case ["python", script, *_] if script.startswith("examples/"):
+            # They run in tests of their own.
+            assert (ROOT / script).exists()
         case ["python", "-m", "reformer_lm.text.vocabulary", *arguments]:
             vocabulary_parser().parse_strictly(arguments)
         case _:
