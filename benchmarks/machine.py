@@ -50,8 +50,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def default_result_file(benchmark: str, device: str) -> Path:
-    """One file per benchmark and processor or GPU: .../attention_intel_xeon.json."""
-    name = _processor() if device == "cpu" else device
+    """One file per benchmark and processor, with what torch uses of it, or GPU: .../attention_amd_epyc_avx2.json."""
+    name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
     if device == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     # "Intel(R) Xeon(R) Processor" -> intel_xeon

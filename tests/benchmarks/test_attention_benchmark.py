@@ -367,7 +367,8 @@ def test_ticks() -> None:
 )
 def test_a_result_file_per_processor(monkeypatch: pytest.MonkeyPatch, processor: str, name: str) -> None:
     monkeypatch.setattr(machine, "_processor", lambda: processor)
-    assert machine.default_result_file("attention", "cpu").name == f"attention_{name}.json"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert machine.default_result_file("attention", "cpu").name == f"attention_{name}_avx2.json"
 
 
 def test_the_page_shows_the_result_files() -> None:
