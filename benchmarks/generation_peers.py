@@ -76,7 +76,7 @@ GENERATORS: dict[str, Generator] = {
         "transformers' Reformer, its cache", "transformers", _transformers_reformer, _generate
     ),
     "reformer_pytorch": Generator(
-        "reformer-pytorch", "reformer-pytorch", _reformer_pytorch, _generate_reformer_pytorch, new_tokens=32
+        "reformer-pytorch", "reformer-pytorch", _reformer_pytorch, _generate_reformer_pytorch, new_tokens=8
     ),
 }
 

@@ -31,7 +31,7 @@ def attend_from_cache(layer: LSHSelfAttention, x: Tensor, info: SequenceInfo) ->
     assert info.cache is not None
     state, counts = info.cache.layers[layer.layer_index], info.counts
     state.prepare(x.shape[0], x.device)
-    is_prompt = state.get_seq_length() == 0 and x.shape[1] > 1
+    is_prompt = x.shape[1] > 1 and state.get_seq_length() == 0
     heads = layer.project(x, info)
     replay = AttentionReplay()
     merged = layer.attend(heads, info, replay, dropout_p=0.0) if is_prompt else None

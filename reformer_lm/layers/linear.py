@@ -41,8 +41,12 @@ class Linear(nn.Linear):
     def _few_rows(self, x: Tensor, rows: int, blocks: int) -> Tensor:
         weight = self.weight.view(blocks, -1, self.in_features)
         columns = x.reshape(rows, -1).t().expand(blocks, -1, -1)
-        out = torch.bmm(weight, columns).view(self.out_features, rows).t()
-        out = out.contiguous() if self.bias is None else torch.add(out, self.bias).contiguous()
+        if self.bias is None:
+            out = torch.bmm(weight, columns)
+        else:
+            out = torch.baddbmm(self.bias.view(blocks, -1, 1), weight, columns)
+        if rows > 1:
+            out = out.view(self.out_features, rows).t().contiguous()
         return out.view(*x.shape[:-1], self.out_features)
 
 
