@@ -42,9 +42,8 @@ class Conversation:
 
     def begin_anew(self) -> None:
         """Forgets the text."""
-        self._tokens, self._read = [], []
-        if self._cache is not None:
-            self._cache.reset()
+        self._tokens = []
+        self._forget_cache()
 
     def turn(self, words: str, streamer: TextStreamer | None = None) -> GeneratedText:
         """Adds a person's words to the text, and lets the model go on.
@@ -73,10 +72,20 @@ class Conversation:
             raise InputError(f"the text has grown too long: {error}, or begin anew") from None
         self._crop_to(tokens)
         job = Job(words, 0, 0, tokens, generator.random_numbers(tokens))
-        (sample,), (self._tokens,) = generator.decode([job], settings, streamer, self._cache)
+        try:
+            (sample,), (self._tokens,) = generator.decode([job], settings, streamer, self._cache)
+        except BaseException:
+            # What the cache has read by now is not known.
+            self._forget_cache()
+            raise
         if self._cache is not None:
             self._read = self._tokens[: self._cache.get_seq_length()]
         return sample
+
+    def _forget_cache(self) -> None:
+        self._read = []
+        if self._cache is not None:
+            self._cache.reset()
 
     def _crop_to(self, tokens: list[int]) -> None:
         """Makes the cache forget what the text no longer begins with."""
@@ -91,6 +100,6 @@ class Conversation:
             self._cache.crop(same - len(self._read))
         except ValueError:
             # Local heads remember only so much.
-            self._cache.reset()
-            same = 0
-        self._read = self._read[:same]
+            self._forget_cache()
+        else:
+            self._read = self._read[:same]

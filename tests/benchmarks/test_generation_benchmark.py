@@ -9,6 +9,7 @@ import generation
 import pytest
 import torch
 from generation_peers import GENERATORS, NextTokens, build, in_silence
+from machine import ROOT
 from training_peers import Sizes
 
 SMALL = Sizes(tokens=128, hidden_size=32, depth=2, heads=4, vocab_size=50)
@@ -63,3 +64,9 @@ def test_results_go_into_file_and_tables(tmp_path: Path, capsys: pytest.CaptureF
     speeds = {name: results["batch"]["contenders"][name]["tokens_per_second"] for name in ("ours", "gpt2")}
     assert f"| {speeds['ours'] / speeds['gpt2']:.1f}x |" in tables
     assert "3 texts at a time" in tables and "| 32 | " in tables
+
+
+def test_the_page_shows_the_result_files() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks" / "results").glob("generation_*.json"):
+        assert generation.report(json.loads(path.read_text(encoding="utf-8"))).strip() in page, path.name

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 
 import memory
 import pytest
 import torch
 import train_step
+from machine import ROOT
 from training_peers import CONTENDERS, Sizes, Trainee
 
 SMALL = Sizes(tokens=256, hidden_size=32, depth=2, heads=4, vocab_size=50)
@@ -75,3 +77,10 @@ def test_step_times_go_into_file_and_table(tmp_path: Path, capsys: pytest.Captur
     ratio = median / groups[1]["contenders"]["ours"]["median_s"]
     assert f"| GPT-2 (SDPA) | {median:.2f} s | {256 / median:,.0f} | {ratio:.2f}x |" in tables
     assert "| ours, bf16 autocast | " in tables
+
+
+@pytest.mark.parametrize("script", [memory, train_step], ids=["memory", "train_step"])
+def test_the_page_shows_the_result_files(script: ModuleType) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks" / "results").glob(f"{script.__name__}_*.json"):
+        assert script.report(json.loads(path.read_text(encoding="utf-8"))).strip() in page, path.name

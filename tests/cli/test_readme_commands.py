@@ -25,7 +25,8 @@ def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    # A step on a million tokens has a benchmark of its own.
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ") and "million" not in line]
     assert [command[0] for command in commands] == ["train_reformer.py", "predict.py", "predict.py"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     outputs = []

@@ -406,6 +406,37 @@ def test_conversation_slides_on(model, tokenizer):
         assert len(cached.tokens) <= MAXIMUM
 
 
+def test_conversation_goes_on_after_a_turn_that_failed(model, tokenizer):
+    settings = dataclasses.replace(PLAIN, length=6)
+    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain._cache = None
+    conversation.turn("山水"), plain.turn("山水")
+    before, steps = conversation.tokens, itertools.count()
+
+    def run_out_of_memory(module, inputs):
+        if next(steps) == 3:
+            raise RuntimeError("out of memory")
+
+    with model.reformer.register_forward_pre_hook(run_out_of_memory), pytest.raises(RuntimeError):
+        conversation.turn("春夏")
+    assert conversation.tokens == before and conversation.tokens_read == 0
+    # The numbers that were drawn for the turn that failed are gone.
+    plain._generator.random_numbers([*before, *tokenizer.encode("春夏")])
+    assert conversation.turn("春夏").text == plain.turn("春夏").text
+
+
+def test_conversation_whose_words_were_taken_back(model, tokenizer):
+    settings = dataclasses.replace(PLAIN, length=6)
+    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
+    plain._cache = None
+    for each in (conversation, plain):
+        each.turn("山水")
+        each._tokens = each._tokens[:-3]
+    assert conversation.turn("春夏").text == plain.turn("春夏").text
+
+
 def test_conversation_that_does_not_fit_stays_as_it_was(model, tokenizer):
     favour(model, [END], -50.0)
     conversation = Conversation(TextGenerator(model, tokenizer, seed=3), dataclasses.replace(PLAIN, length=30))
