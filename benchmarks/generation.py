@@ -1,11 +1,12 @@
 """Generation: tokens a second beside the peers, and the time of one more token at growing contexts.
 
-    python benchmarks/generation.py                    # all three parts
-    python benchmarks/generation.py --parts latency    # one of them: throughput, latency, batch
+    python benchmarks/generation.py                    # all four parts
+    python benchmarks/generation.py --parts latency    # one of: throughput, latency, together, batch
     python benchmarks/generation.py --report           # the tables of docs/benchmarks.md, from what was measured
 
 throughput: 1,024 tokens of prompt and 256 new ones through each package's own generate(), prompt included, batch 1.
 latency: one more token after contexts of 256 to 65,536 tokens, ours and GPT-2 with its cache; all contexts take turns.
+together: as latency, for one text and for 16 at a time after 1,024 tokens.
 batch: as throughput, for 16 texts at a time. Results go into benchmarks/results/generation_<machine>.json; a part
 found there is not measured again.
 """
@@ -26,7 +27,7 @@ from timing import measure_times, seconds_of
 from tqdm import tqdm
 from training_peers import Sizes
 
-PARTS = ("throughput", "latency", "batch")
+PARTS = ("throughput", "latency", "together", "batch")
 # GPT-2 has no more positions than it was built with; its attention over 65,536 tokens takes minutes.
 GPT2_LONGEST = 16384
 STEPS_A_ROUND = 8
@@ -68,20 +69,25 @@ def measure_throughput(arguments: argparse.Namespace, names: list[str], batch: i
     return {"prompt": arguments.prompt, "batch": batch, "contenders": times}
 
 
-def measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of one more token, for each contender and context; they take turns, a few tokens each."""
+def measure_latency(arguments: argparse.Namespace, cases: list[tuple[int, int]]) -> dict[str, Any]:
+    """Seconds of one more token, for each contender and case; they take turns, a few tokens each.
+
+    Args:
+        arguments: the command line.
+        cases: (context, texts at a time).
+    """
     rounds = max(2, arguments.steps // STEPS_A_ROUND)
     room = rounds * STEPS_A_ROUND + 16
-    readers: dict[tuple[str, int], NextTokens] = {}
+    readers: dict[tuple[str, int, int], NextTokens] = {}
     for name in ("ours", "gpt2"):
-        contexts = [c for c in arguments.contexts if name == "ours" or c <= GPT2_LONGEST]
+        possible = [case for case in cases if name == "ours" or case[0] <= GPT2_LONGEST]
         sizes = Sizes(
-            max(contexts) + room, arguments.hidden_size, arguments.depth, arguments.heads, arguments.vocab_size
+            max(possible)[0] + room, arguments.hidden_size, arguments.depth, arguments.heads, arguments.vocab_size
         )
         model = build(name, sizes, arguments.device, arguments.dtype)
-        for context in tqdm(contexts, desc=f"{name} reads", unit="context"):
-            readers[name, context] = NextTokens(model, context, arguments.device)
-    samples: dict[tuple[str, int], list[float]] = {key: [] for key in readers}
+        for context, batch in tqdm(possible, desc=f"{name} reads", unit="context"):
+            readers[name, context, batch] = NextTokens(model, context, arguments.device, batch)
+    samples: dict[tuple[str, int, int], list[float]] = {key: [] for key in readers}
     for key, reader in readers.items():
         for _ in range(4):
             reader.step()
@@ -94,17 +100,18 @@ def measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
             readers[key].step()
             samples[key] += [_one_step(readers[key], arguments.device) for _ in range(STEPS_A_ROUND - 1)]
     rows = []
-    for (name, context), taken in samples.items():
+    for (name, context, batch), taken in samples.items():
         deciles = statistics.quantiles(taken, n=10)
         rows.append(
             {
                 "contender": name,
                 "context": context,
+                "batch": batch,
                 "median_s": statistics.median(taken),
                 "tenth_s": deciles[0],
                 "ninetieth_s": deciles[-1],
                 "samples": len(taken),
-                "cache_bytes": readers[name, context].cache_bytes(),
+                "cache_bytes": readers[name, context, batch].cache_bytes(),
                 "seconds": taken,
             }  # fmt: skip
         )
@@ -125,7 +132,7 @@ def _one_step(reader: NextTokens, device: str) -> float:
 
 
 def report(results: dict[str, Any]) -> str:
-    """Markdown: the three tables."""
+    """Markdown: a table for each part."""
     parts = []
     for part in ("throughput", "batch"):
         if part not in results:
@@ -176,6 +183,24 @@ def report(results: dict[str, Any]) -> str:
                 caches.append(f"{row['cache_bytes'] / 2**20:,.0f} MiB")
             lines.append(f"| {context:,} | {cells[0]} | {cells[1]} | {caches[0]} | {caches[1]} |")
         parts.append("\n".join(lines))
+    if "together" in results:
+        rows = {(row["contender"], row["batch"]): row for row in results["together"]["rows"]}
+        (single, batch) = sorted({row["batch"] for row in results["together"]["rows"]})
+        context = results["together"]["rows"][0]["context"]
+        lines = [
+            f"One more token of each text after {context:,} tokens, one text and {batch} at a time; median of "
+            f"{min(row['samples'] for row in rows.values())} steps:\n",
+            f"| | one text | {batch} texts | tokens/s, one | tokens/s, {batch} | gain |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for name in ("ours", "gpt2"):
+            seconds = [rows[name, count]["median_s"] for count in (single, batch)]
+            speeds = [count / taken for count, taken in zip((single, batch), seconds, strict=True)]
+            lines.append(
+                f"| {GENERATORS[name].label} | {1000 * seconds[0]:.1f} ms | {1000 * seconds[1]:.1f} ms | "
+                f"{speeds[0]:.1f} | {speeds[1]:.1f} | {speeds[1] / speeds[0]:.1f}x |"
+            )
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -225,8 +250,10 @@ def main(argv: list[str] | None = None) -> None:
             measured = measure_throughput(
                 arguments, [name for name in names if name in ("ours", "gpt2")], arguments.batch
             )
+        elif part == "together":
+            measured = measure_latency(arguments, [(arguments.prompt, 1), (arguments.prompt, arguments.batch)])
         else:
-            measured = measure_latency(arguments)
+            measured = measure_latency(arguments, [(context, 1) for context in arguments.contexts])
         machine = describe_machine()
         measured |= {"commit": machine["commit"], "date": machine["date"]}
         model = {name: getattr(arguments, name) for name in ("hidden_size", "depth", "heads", "vocab_size")}

@@ -116,12 +116,13 @@ class NextTokens:
         model: ours or GPT-2.
         context: tokens read before.
         device: where it is.
+        batch: texts that go on together.
     """
 
-    def __init__(self, model: Any, context: int, device: str) -> None:
+    def __init__(self, model: Any, context: int, device: str, batch: int = 1) -> None:
         self.model = model
         vocabulary = model.config.vocab_size
-        tokens = torch.randint(vocabulary, (1, context + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        tokens = torch.randint(vocabulary, (batch, context + 1), generator=torch.Generator().manual_seed(0)).to(device)
         with torch.no_grad():
             output = model(tokens[:, :-1], use_cache=True, logits_to_keep=1)
         self.cache = output.past_key_values

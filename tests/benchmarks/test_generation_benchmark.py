@@ -55,6 +55,7 @@ def test_results_go_into_file_and_tables(tmp_path: Path, capsys: pytest.CaptureF
     rows = results["latency"]["rows"]
     assert {(row["contender"], row["context"]) for row in rows} == {(n, c) for n in ("ours", "gpt2") for c in (16, 32)}
     assert all(len(row["seconds"]) == row["samples"] == 14 for row in rows)
+    assert [(row["context"], row["batch"]) for row in results["together"]["rows"]] == [(20, 1), (20, 3)] * 2
     # What is there is not measured again.
     generation.main([*FLAGS, *out])
     assert json.loads((tmp_path / "generation.json").read_text(encoding="utf-8")) == results
@@ -63,7 +64,7 @@ def test_results_go_into_file_and_tables(tmp_path: Path, capsys: pytest.CaptureF
     tables = capsys.readouterr().out
     speeds = {name: results["batch"]["contenders"][name]["tokens_per_second"] for name in ("ours", "gpt2")}
     assert f"| {speeds['ours'] / speeds['gpt2']:.1f}x |" in tables
-    assert "3 texts at a time" in tables and "| 32 | " in tables
+    assert "one text and 3 at a time" in tables and "| 32 | " in tables
 
 
 def test_the_page_shows_the_result_files() -> None:
