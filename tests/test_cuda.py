@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
+from reformer_lm import LSHCache, ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.ops import lsh_flex
 from reformer_lm.ops.hashing import hash_vectors, sample_rotations
 from reformer_lm.ops.lsh import lsh_attention
@@ -66,6 +66,22 @@ def test_logits_equal_the_cpu_but_for_hash_ties() -> None:
     with torch.no_grad():
         expected = model(x).logits
         torch.testing.assert_close(model.cuda()(x.cuda()).logits.cpu(), expected, rtol=0, atol=1e-9)
+
+
+def test_decoding_from_a_cache_equals_the_whole_forward_pass() -> None:
+    torch.manual_seed(0)
+    config = ReformerLMConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+        bucket_size=8,
+    )  # fmt: skip
+    model = ReformerLMForCausalLM(config).double().cuda().eval()
+    tokens = torch.randint(50, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
+    cache = LSHCache(config)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        parts = [model(tokens[:, :200], past_key_values=cache).logits]
+        parts += [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(200, 300)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["--fp16", "--bf16", "--no_bf16"])
