@@ -41,10 +41,12 @@ class Linear(nn.Linear):
     def _few_rows(self, x: Tensor, rows: int, blocks: int) -> Tensor:
         weight = self.weight.view(blocks, -1, self.in_features)
         columns = x.reshape(rows, -1).t().expand(blocks, -1, -1)
-        if self.bias is None:
+        # torch declares it as a tensor, but it may be None.
+        bias: Tensor | None = self.bias
+        if bias is None:
             out = torch.bmm(weight, columns)
         else:
-            out = torch.baddbmm(self.bias.view(blocks, -1, 1), weight, columns)
+            out = torch.baddbmm(bias.view(blocks, -1, 1), weight, columns)
         if rows > 1:
             out = out.view(self.out_features, rows).t().contiguous()
         return out.view(*x.shape[:-1], self.out_features)
