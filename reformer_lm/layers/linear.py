@@ -43,10 +43,7 @@ class Linear(nn.Linear):
         columns = x.reshape(rows, -1).t().expand(blocks, -1, -1)
         # torch declares it as a tensor, but it may be None.
         bias: Tensor | None = self.bias
-        if bias is None:
-            out = torch.bmm(weight, columns)
-        else:
-            out = torch.baddbmm(bias.view(blocks, -1, 1), weight, columns)
+        out = torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias.view(blocks, -1, 1), weight, columns)
         if rows > 1:
             out = out.view(self.out_features, rows).t().contiguous()
         return out.view(*x.shape[:-1], self.out_features)
