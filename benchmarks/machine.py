@@ -51,11 +51,13 @@ def describe_machine() -> dict[str, Any]:
 
 def default_result_file(benchmark: str, device: str) -> Path:
     """One file per benchmark and processor, with what torch uses of it, or GPU: .../attention_amd_epyc_avx2.json."""
-    name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+    name = _processor() if device == "cpu" else device
     if device == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     # "Intel(R) Xeon(R) Processor" -> intel_xeon
     words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", name.lower()))
+    if device == "cpu":
+        words.append(torch.backends.cpu.get_cpu_capability().lower())
     return RESULTS / f"{benchmark}_{'_'.join(words)}.json"
 
 
