@@ -11,48 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.errors import InputError
-from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
+from reformer_lm.generation import GenerationSettings, TextGenerator
 from reformer_lm.generation.sampling import SeededSampling
 from reformer_lm.generation.streaming import STREAMED_CONTEXT, ContinuationStreamer, continuation_text, first_stop
 from reformer_lm.text import load_tokenizer
 
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-LETTERS = "abcde,."
 HANZI = "山水云风花雪月春夏秋冬天地人，。"
 PAD, UNKNOWN, END, NEWLINE, BEGIN = range(5)
 MAXIMUM = 64
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    tokens = [*SPECIALS, *HANZI, *LETTERS, *("##" + letter for letter in LETTERS)]
-    path.write_text("\n".join(tokens), encoding="utf-8")
-    return load_tokenizer(path)
-
-
-def build_model(vocabulary: int) -> ReformerLMForCausalLM:
-    """In float64, where no rounding can tip a draw."""
-    torch.manual_seed(0)
-    config = ReformerLMConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAXIMUM,
-        bucket_size=8,
-        num_hashes=2,
-        lm_head_bias=True,
-        initializer_range=0.1,
-    )
-    return ReformerLMForCausalLM(config).double().eval()
-
-
-@pytest.fixture
-def model(tokenizer):
-    return build_model(len(tokenizer))
 
 
 def favour(model, token_ids, amount=50.0):
@@ -157,7 +124,7 @@ def test_likeliest_token_is_that_of_the_full_forward(model, tokenizer):
     assert sample.finished or len(sample.token_ids) == 20
 
 
-def test_tokens_that_are_no_text_are_never_drawn(tokenizer):
+def test_tokens_that_are_no_text_are_never_drawn(tokenizer, build_model):
     # Four rows of the embedding belong to no token.
     padded = build_model(len(tokenizer) + 4)
     favour(padded, [PAD, UNKNOWN, BEGIN, *range(len(tokenizer), len(tokenizer) + 4)])
@@ -362,100 +329,12 @@ def test_streamed_text_ends_before_a_stop_string(model, tokenizer, prompt):
     assert "".join(pieces) == sample.text == whole[: whole.index(whole[8:10])]
 
 
-# --- a text in turns
-
-
-def test_conversation_equals_the_whole_text_read_anew(model, tokenizer):
-    settings = dataclasses.replace(PLAIN, length=6)
-    cached = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain._cache = None
-    for words in ("山水", "春夏", "", "ab"):
-        before = cached.tokens_read
-        turn, expected = cached.turn(words), plain.turn(words)
-        assert turn.text == expected.text
-        assert cached.tokens == plain.tokens
-        # All but the last token, which nothing has followed yet.
-        assert cached.tokens_read == len(cached.tokens) - 1 > before
-    cached.begin_anew()
-    assert cached.tokens == () and cached.tokens_read == 0
-    fresh = Conversation(TextGenerator(model, tokenizer, seed=9), settings)
-    cached._generator = TextGenerator(model, tokenizer, seed=9)
-    assert cached.turn("天").text == fresh.turn("天").text
-
-
-def test_conversation_reads_only_what_is_new(model, tokenizer):
-    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), dataclasses.replace(PLAIN, length=6))
-    conversation.turn("山水云风花雪月")
-    read = []
-    with model.reformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1])):
-        conversation.turn("天地")
-    # The last token of the turn before, the new words, then one token after the other.
-    assert read == [3, 1, 1, 1, 1, 1]
-
-
-def test_conversation_slides_on(model, tokenizer):
-    favour(model, [END], -50.0)
-    settings = dataclasses.replace(PLAIN, length=30, overflow="slide")
-    cached = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain._cache = None
-    for words in ("山水", "春夏", "天", "地"):
-        assert cached.turn(words).text == plain.turn(words).text
-        assert cached.tokens == plain.tokens
-        assert len(cached.tokens) <= MAXIMUM
-
-
-def test_conversation_goes_on_after_a_turn_that_failed(model, tokenizer):
-    settings = dataclasses.replace(PLAIN, length=6)
-    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain._cache = None
-    conversation.turn("山水"), plain.turn("山水")
-    before, steps = conversation.tokens, itertools.count()
-
-    def run_out_of_memory(module, inputs):
-        if next(steps) == 3:
-            raise RuntimeError("out of memory")
-
-    with model.reformer.register_forward_pre_hook(run_out_of_memory), pytest.raises(RuntimeError):
-        conversation.turn("春夏")
-    assert conversation.tokens == before and conversation.tokens_read == 0
-    # The numbers that were drawn for the turn that failed are gone.
-    plain._generator.random_numbers([*before, *tokenizer.encode("春夏")])
-    assert conversation.turn("春夏").text == plain.turn("春夏").text
-
-
-def test_conversation_whose_words_were_taken_back(model, tokenizer):
-    settings = dataclasses.replace(PLAIN, length=6)
-    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain = Conversation(TextGenerator(model, tokenizer, seed=3), settings)
-    plain._cache = None
-    for each in (conversation, plain):
-        each.turn("山水")
-        each._tokens = each._tokens[:-3]
-    assert conversation.turn("春夏").text == plain.turn("春夏").text
-
-
-def test_conversation_that_does_not_fit_stays_as_it_was(model, tokenizer):
-    favour(model, [END], -50.0)
-    conversation = Conversation(TextGenerator(model, tokenizer, seed=3), dataclasses.replace(PLAIN, length=30))
-    conversation.turn("山水")
-    before = conversation.tokens
-    with pytest.raises(InputError, match="the text has grown too long: .*, or begin anew"):
-        conversation.turn("春夏秋冬")
-    assert conversation.tokens == before
-    with pytest.raises(InputError, match="^prompt and length do not fit"):
-        Conversation(TextGenerator(model, tokenizer, seed=3), PLAIN).turn("山" * MAXIMUM)
-
-
-def test_longest_possible_text(model, tokenizer):
-    favour(model, [END], -50.0)
+def test_longest_possible_text(endless_model, tokenizer):
     settings = GenerationSettings(length=MAXIMUM - 1)
-    (sample,) = TextGenerator(model, tokenizer, seed=1).generate([""], settings)
+    (sample,) = TextGenerator(endless_model, tokenizer, seed=1).generate([""], settings)
     assert len(sample.token_ids) == MAXIMUM - 1
     with pytest.raises(InputError, match=f"write at most {MAXIMUM - 1}"):
-        TextGenerator(model, tokenizer, seed=1).generate([""], GenerationSettings(length=MAXIMUM))
+        TextGenerator(endless_model, tokenizer, seed=1).generate([""], GenerationSettings(length=MAXIMUM))
 
 
 # --- streaming
