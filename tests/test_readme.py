@@ -17,7 +17,7 @@ from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.prediction.arguments import parse_arguments as parse_predict
 from reformer_lm.text import load_tokenizer
 from reformer_lm.text.vocabulary import build_parser as vocabulary_parser
-from reformer_lm.training.arguments import TrainingArguments
+from reformer_lm.training.arguments import COMMAND_LINE_ONLY, TrainingArguments
 from reformer_lm.training.arguments import parse_arguments as parse_train
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,8 @@ def test_commands_are_accepted(command: list[str], monkeypatch: pytest.MonkeyPat
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         case ["python", "train_reformer.py", *arguments]:
+            parse_train(arguments)
+        case ["torchrun", "--nproc_per_node", _, "train_reformer.py", *arguments]:
             parse_train(arguments)
         case ["python", "predict.py", *arguments]:
             parse_predict(arguments)
@@ -118,7 +120,7 @@ def test_every_key_is_documented_with_its_meaning() -> None:
     model_keys = set(inspect.signature(ReformerLMConfig.__init__).parameters) - {"self", "kwargs"}
     training_keys = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert documented[0] == model_keys
-    assert documented[1] == training_keys - {"model_config", "resume", "estimate"}
+    assert documented[1] == training_keys - set(COMMAND_LINE_ONLY)
     docstring = inspect.getdoc(ReformerLMConfig) or ""
     assert not [key for key in model_keys if f"{key}:" not in docstring and key != "use_cache"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 from reformer_lm.command_line import CommandLineParser, nearest_name
 from reformer_lm.errors import InputError
 from reformer_lm.training.config_files import ConfigFile, read_config
+from reformer_lm.training.optimization import OPTIMIZERS, SCHEDULES
 
 DEFAULT_MODEL_CONFIG = "configs/tiny.json"
 DEFAULT_VALIDATION = "data/val.json"
-LR_SCHEDULES = ("cosine", "linear", "constant")
 
 # Options that say how to start, not what to train: they make no sense in a configuration file.
-COMMAND_LINE_ONLY = ("model_config", "resume", "estimate")
+COMMAND_LINE_ONLY = ("model_config", "resume", "restore", "estimate")
 
 Check = Callable[[Any], str | None]
 
@@ -42,6 +43,14 @@ def _fraction(value: float) -> str | None:
 
 def _one_of(choices: Sequence[str]) -> Check:
     return lambda value: None if value in choices else f"it must be one of {', '.join(choices)}"
+
+
+def _regular_expression(value: str) -> str | None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"it must be a regular expression ({error})"
+    return None
 
 
 def _not_blank(value: str) -> str | None:
@@ -69,7 +78,11 @@ class TrainingArguments:
     model_config: str | None = _option(
         None, str, f"JSON file with the model's size and training defaults ({DEFAULT_MODEL_CONFIG})"
     )
-    pretrained_model: str | None = _option(None, str, "folder of a trained model to start from")
+    init_from: str | None = _option(None, str, "folder of a trained model whose weights to start from (fine-tuning)")
+    pretrained_model: str | None = _option(None, str, "GPT2-Chinese's name of init_from")
+    train_only: str | None = _option(
+        None, str, "train only parameters whose names match this regular expression", _regular_expression
+    )
     epochs: int = _option(5, int, "times to go through the corpus", _at_least(1))
     max_steps: int | None = _option(None, int, "stop after this many optimizer steps", _at_least(1))
     batch_size: int = _option(8, int, "windows in a batch", _at_least(1))
@@ -77,21 +90,31 @@ class TrainingArguments:
     max_seq_len: int | None = _option(None, int, "tokens in a window (the model's maximum)", _at_least(2))
     stride: int | None = _option(None, int, "tokens from window to window (the window's length)", _at_least(1))
     separate_articles: bool = _option(False, bool, "articles in one window do not see each other")
+    pad_articles: bool = _option(False, bool, "windows are single articles, padded, in place of a stream of them")
     lr: float = _option(3e-4, float, "highest learning rate", _above_zero)
-    lr_schedule: str = _option(
-        "cosine", str, "decay of the learning rate: " + ", ".join(LR_SCHEDULES), _one_of(LR_SCHEDULES)
-    )
+    optimizer: str = _option("adamw", str, "one of " + ", ".join(OPTIMIZERS), _one_of(OPTIMIZERS))
+    lr_schedule: str = _option("cosine", str, "decay of the learning rate: " + ", ".join(SCHEDULES), _one_of(SCHEDULES))
+    lr_decay_share: float = _option(0.2, float, "share of the steps that wsd's decay takes", _fraction)
     warmup_steps: int | None = _option(
         None, int, "steps of rising learning rate (a tenth of all steps, at most 2000)", _at_least(0)
     )
     min_lr_ratio: float = _option(0.1, float, "the decay ends at this share of lr", _fraction)
     weight_decay: float = _option(0.1, float, "AdamW's weight decay on the matrices of linear layers", _at_least(0))
     max_grad_norm: float = _option(1.0, float, "clip the gradient's norm to this", _above_zero)
+    noise: float = _option(0.0, float, "replace input tokens by random ones with this probability", _fraction)
+    ema: float = _option(
+        0.0, float, "decay of a moving average of the weights, which is then validated and saved (0: none)", _fraction
+    )
+    early_stopping: int = _option(
+        0, int, "stop after so many validations without a new lowest loss (0: never)", _at_least(0)
+    )
     fp16: bool = _option(False, bool, "half precision with loss scaling (CUDA only)")
     bf16: bool = _option(False, bool, "bfloat16 mixed precision")
     device: str | None = _option(
         None, str, "cpu, cuda, cuda:0, or a CUDA number as in GPT2-Chinese (cuda if there is one)"
     )
+    fsdp: bool = _option(False, bool, "distribute the parameters over the processes of torchrun (FSDP2)")
+    compile: bool = _option(False, bool, "torch.compile the layers; needs a C++ compiler on the CPU")
     seed: int = _option(42, int, "seed of initial weights, window order, dropout and samples", _at_least(0))
     log_step: int = _option(10, int, "report loss and speed every so many steps", _at_least(1))
     eval_every: int = _option(
@@ -100,10 +123,14 @@ class TrainingArguments:
     save_every: int = _option(
         500, int, "save a checkpoint every so many steps, besides the end (0: only that)", _at_least(0)
     )
+    save_total_limit: int = _option(2, int, "checkpoints that are kept, besides the best", _at_least(1))
     sample_every: int = _option(500, int, "write sample text every so many steps (0: never)", _at_least(0))
     output_dir: str = _option("model/", str, "folder for the trained model", _not_blank)
     writer_dir: str = _option("tensorboard_summary/", str, "folder for TensorBoard", _not_blank)
     resume: bool = _option(False, bool, "go on from the newest checkpoint in output_dir, exactly")
+    restore: str | None = _option(
+        None, str, "latest (resume, or start if there is nothing), fresh, or a checkpoint's folder to go on from"
+    )
     estimate: bool = _option(False, bool, "say how much memory a step would take, and train nothing")
     quiet: bool = _option(False, bool, "print only validation and the result")
 
@@ -176,7 +203,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunRequest:
     arguments = TrainingArguments(**values)
     if arguments.fp16 and arguments.bf16:
         raise InputError("--fp16 and --bf16 are both given; choose one")
+    arguments = _one_name_each(arguments)
     return RunRequest(arguments, config_file, frozenset(given))
+
+
+def _one_name_each(arguments: TrainingArguments) -> TrainingArguments:
+    """Resolve options that have two names: afterwards init_from and restore say it all."""
+    init_from, restore = arguments.init_from, arguments.restore
+    if init_from and arguments.pretrained_model and init_from != arguments.pretrained_model:
+        raise InputError("--init_from and --pretrained_model name two models; give one of them")
+    if arguments.resume and restore not in (None, "latest"):
+        raise InputError(f"--resume and --restore {restore} are both given; choose one")
+    return dataclasses.replace(arguments, init_from=init_from or arguments.pretrained_model, pretrained_model=None)
 
 
 def _values_of_file(config_file: ConfigFile) -> dict[str, Any]:

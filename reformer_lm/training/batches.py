@@ -1,14 +1,35 @@
-"""Which windows each optimizer step trains on."""
+"""Which windows each optimizer step trains on, and what the model gets of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reformer_lm.corpus import window_order
+
+# Labels that do not count, as everywhere in torch and transformers.
+IGNORED = -100
+# Keeps the noise's random numbers apart from those of the window order, which come of the same seed.
+_NOISE_STREAM = 1
+
+
+class Windows(Protocol):
+    """Training windows, however they were cut from the corpus."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest one."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """Some of them as rows: LongTensor [len(indices), longest], padded at the end."""
 
 
 def article_numbers(tokens: Tensor, begin_token: int) -> Tensor:
@@ -22,6 +43,66 @@ def article_numbers(tokens: Tensor, begin_token: int) -> Tensor:
         int64 [B, T], rising from left to right; 0 is what is left of an article that began before the window.
     """
     return (tokens == begin_token).cumsum(dim=1)
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the model's inputs from windows.
+
+    Attributes:
+        windows: Of the training stream.
+        begin_token: The token articles begin with, if those in one window are not to see each other, else None.
+        pad_token: The token that windows are padded with, None if none are.
+        noise: Probability, 0 to 1, that an input token is replaced by a random one; what is to be predicted stays.
+        seed: Of the noise.
+        special_tokens: Ids that the noise neither replaces nor puts in.
+        vocab_size: Number of tokens.
+    """
+
+    windows: Windows
+    begin_token: int | None = None
+    pad_token: int | None = None
+    noise: float = 0.0
+    seed: int = 0
+    special_tokens: tuple[int, ...] = ()
+    vocab_size: int = 0
+
+    def make(self, indices: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], int]:
+        """Inputs of a batch, and how many tokens it predicts.
+
+        Args:
+            indices: Of windows; none at all gives a batch that has no effect, for a process that has nothing to do in a
+                step but must take part in it.
+            epoch: Number of the epoch, from 0; the noise is a function of seed, epoch and window alone, so that it is
+                the same after a resume and with any number of processes.
+        """
+        filler = len(indices) == 0
+        tokens = self.windows.batch(indices if not filler else np.zeros(1, dtype=np.int64))
+        labels = tokens
+        inputs = {}
+        if self.pad_token is not None:
+            present = tokens != self.pad_token
+            labels = tokens.masked_fill(~present, IGNORED)
+            inputs["attention_mask"] = present.long()
+        if self.begin_token is not None:
+            inputs["document_ids"] = article_numbers(tokens, self.begin_token)
+        if filler:
+            labels = torch.full_like(tokens, IGNORED)
+        elif self.noise:
+            tokens = torch.stack([self._noisy(row, index, epoch) for row, index in zip(tokens, indices, strict=True)])
+        return {"input_ids": tokens, "labels": labels, **inputs}, count_labels(labels)
+
+    def _noisy(self, row: Tensor, index: int, epoch: int) -> Tensor:
+        random = np.random.default_rng([self.seed, epoch, int(index), _NOISE_STREAM])
+        ordinary = np.setdiff1d(np.arange(self.vocab_size), self.special_tokens)
+        chosen = torch.from_numpy(random.random(len(row)) < self.noise)
+        chosen &= ~torch.isin(row, torch.tensor(self.special_tokens, dtype=row.dtype))
+        return torch.where(chosen, torch.from_numpy(random.choice(ordinary, len(row))), row)
+
+
+def count_labels(labels: Tensor) -> int:
+    """Tokens of labels [B, T] that are predicted: those that count, but for the first of each row."""
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +119,20 @@ class StepWindows:
     batches: tuple[np.ndarray, ...]
     windows_done: int
 
+    def of_process(self, rank: int, count: int) -> list[np.ndarray]:
+        """The batches of one of several processes: as many in each, so that none waits for the others in vain.
+
+        Args:
+            rank: Number of the process, from 0.
+            count: Of processes.
+
+        Returns:
+            Window indices; an empty array where there is no batch left for this process.
+        """
+        own = list(self.batches[rank::count])
+        missing = -(-len(self.batches) // count) - len(own)
+        return own + [np.zeros(0, dtype=np.int64)] * missing
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -48,10 +143,11 @@ class TrainingPlan:
     Attributes:
         num_windows: Windows in an epoch.
         batch_size: Windows in a batch.
-        gradient_accumulation: Batches in a step.
+        gradient_accumulation: Batches in a step, of each process.
         epochs: Times to go through all windows.
         seed: Of the order.
         max_steps: Stop earlier, after this many steps; None for no limit.
+        num_processes: Processes that share each step's batches.
     """
 
     num_windows: int
@@ -60,11 +156,12 @@ class TrainingPlan:
     epochs: int
     seed: int
     max_steps: int | None = None
+    num_processes: int = 1
 
     @property
     def windows_per_step(self) -> int:
         """Windows of a full step."""
-        return self.batch_size * self.gradient_accumulation
+        return self.batch_size * self.gradient_accumulation * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:

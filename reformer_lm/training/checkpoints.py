@@ -3,10 +3,12 @@
     output_dir/
       config.json, model.safetensors, ...      the newest saved model, for predict.py and for other tools
       training_state.pt                        what --resume needs besides the model
-      checkpoints/step-00000040/               the same files, as of step 40; the last few are kept
+      checkpoints/step-00000040/               the same files, as of step 40; the last few and the best are kept
+      best/                                    the model of the checkpoint with the lowest validation loss
 
-A checkpoint is written to a folder of another name and renamed. The files in ``output_dir`` itself are the
-newest checkpoint's, linked where the file system can, so they cost no space.
+A checkpoint is written to a folder of another name and renamed; one that goes is renamed first and then removed. So at
+every moment each folder named for a step is whole. The files in ``output_dir`` itself and in ``best`` are links where
+the file system can, so they cost no space.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from reformer_lm.errors import InputError
 
 STATE_NAME = "training_state.pt"
+BEST_NAME = "best"
 KEPT = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -34,23 +37,23 @@ class CheckpointStore:
 
     Args:
         output_dir: The folder; it is made by `require_writable_folder`.
-        kept: How many checkpoints stay.
-        replace_earlier_run: Whether checkpoints that are there already belong to another run, and go with the
-            first save (not before, so that a run that never saves destroys nothing).
+        kept: How many checkpoints stay, besides the best.
+        replace_beyond: Checkpoints of later steps than this that are there already belong to another run, and go with
+            the first save (not before, so that a run that never saves destroys nothing). None: all belong to this one.
     """
 
-    def __init__(self, output_dir: str | Path, kept: int = KEPT, *, replace_earlier_run: bool = False) -> None:
+    def __init__(self, output_dir: str | Path, kept: int = KEPT, *, replace_beyond: int | None = None) -> None:
         self.output_dir = Path(output_dir)
         self.folder = self.output_dir / "checkpoints"
         self.kept = kept
-        self._replace_earlier_run = replace_earlier_run
+        self._replace_beyond = replace_beyond
 
     def complete(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         steps = {path: _STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir()}
-        return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.name[5:]))
+        return sorted((path for path, match in steps.items() if match), key=step_of)
 
     def newest(self) -> Path | None:
         """Folder of the newest complete checkpoint, None if there is none."""
@@ -60,12 +63,17 @@ class CheckpointStore:
         # Someone removed the checkpoints to save space; the final model has the same files.
         return self.output_dir if (self.output_dir / STATE_NAME).is_file() else None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def of_step(self, step: int) -> Path:
+        """The folder that a step's checkpoint has or would have."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, write: Callable[[Path], None], best_step: int | None = None) -> Path:
         """Write a checkpoint, make it the output folder's model, and remove the oldest ones.
 
         Args:
             step: Optimizer steps done.
             write: Writes all files into the folder that it is given.
+            best_step: The step with the lowest validation loss so far, whose checkpoint stays if there is one.
 
         Returns:
             The checkpoint's folder.
@@ -73,29 +81,30 @@ class CheckpointStore:
         Raises:
             InputError: If it cannot be written. What was saved before stays whole.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.of_step(step)
         partial = final.with_name(final.name + ".partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*.partial"):
-                shutil.rmtree(leftover)
+            self._clean()
             partial.mkdir()
             try:
                 write(partial)
                 for path in partial.iterdir():
                     _flush(path)
-                earlier = [path for path in self.complete() if self._replace_earlier_run or path == final]
-                if final in earlier:
-                    shutil.rmtree(final)
-                    earlier.remove(final)
+                others = self._replace_beyond
+                if others is not None:
+                    # The earlier run must not be what a run that is killed right here would continue.
+                    (self.output_dir / STATE_NAME).unlink(missing_ok=True)
+                    shutil.rmtree(self.output_dir / BEST_NAME, ignore_errors=True)
+                for path in self.complete():
+                    if path == final or (others is not None and step_of(path) > others):
+                        _retire(path)
                 partial.rename(final)
                 _flush(self.folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._replace_earlier_run = False
-            for path in [*earlier, *self.complete()[: -self.kept]]:
-                shutil.rmtree(path, ignore_errors=True)
-            self._publish(final)
+            self._replace_beyond = None
+            self._settle(final, best_step)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(
@@ -103,17 +112,72 @@ class CheckpointStore:
             ) from error
         return final
 
+    def _clean(self) -> None:
+        """Remove what a killed run left half written or half removed."""
+        for pattern in ("*.partial", "*.removed"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def settle(self, checkpoint: Path, best_step: int | None) -> None:
+        """Do what a kill may have prevented after the newest checkpoint was there; without one, nothing is left to do.
+
+        Args:
+            checkpoint: That a run continues.
+            best_step: As in `save`.
+        """
+        published = self.output_dir / STATE_NAME
+        if checkpoint.parent == self.folder and not _same(published, checkpoint / STATE_NAME):
+            self._settle(checkpoint, best_step)
+
+    def _settle(self, checkpoint: Path, best_step: int | None) -> None:
+        best = None if best_step is None else self.of_step(best_step)
+        for path in self.complete()[: -self.kept]:
+            if path != best:
+                _retire(path)
+        self._clean()
+        if best is not None and best.is_dir():
+            self._publish_best(best)
+        self._publish(checkpoint)
+
     def _publish(self, checkpoint: Path) -> None:
         """Give the output folder the checkpoint's files, the training state last: it vouches for the rest."""
         (self.output_dir / STATE_NAME).unlink(missing_ok=True)
         for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == STATE_NAME):
-            partial = self.output_dir / f"{path.name}.partial"
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(path, partial)
-            except OSError:
-                shutil.copyfile(path, partial)
-            partial.replace(self.output_dir / path.name)
+            _link(path, self.output_dir / path.name)
+
+    def _publish_best(self, checkpoint: Path) -> None:
+        """The model alone: who continues, continues from a checkpoint."""
+        folder = self.output_dir / BEST_NAME
+        folder.mkdir(exist_ok=True)
+        for path in checkpoint.iterdir():
+            if path.name != STATE_NAME:
+                _link(path, folder / path.name)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and one.samefile(other)
+
+
+def _retire(checkpoint: Path) -> None:
+    """Take a checkpoint's name away before its files, so that a kill leaves no half of one."""
+    removed = checkpoint.with_name(checkpoint.name + ".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    checkpoint.rename(removed)
+
+
+def _link(source: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -133,7 +197,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(
             f"{checkpoint}: {STATE_NAME} is missing, so --resume cannot continue; "
-            "start from the weights alone with --pretrained_model"
+            "start from the weights alone with --init_from"
         ) from None
     # torch, zipfile and pickle have a dozen ways to say that a file is damaged.
     except Exception as error:

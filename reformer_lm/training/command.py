@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
+from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.corpus import EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
-from reformer_lm.text import load_tokenizer, tokenizer_fingerprint
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
 from reformer_lm.training.batches import TrainingPlan
-from reformer_lm.training.checkpoints import CheckpointStore, load_state, require_writable_folder
+from reformer_lm.training.checkpoints import BEST_NAME, CheckpointStore, require_writable_folder
 from reformer_lm.training.corpora import prepare_training_stream, prepare_validation_stream
-from reformer_lm.training.devices import choose_device, create_accelerator, describe_device
+from reformer_lm.training.devices import choose_device, create_accelerator, describe_device, num_processes
 from reformer_lm.training.evaluation import perplexity
 from reformer_lm.training.interruption import StopRequest
 from reformer_lm.training.loop import LoopSettings, TrainingLoop
 from reformer_lm.training.memory import advice, estimate_memory, explained_out_of_memory, free_memory
-from reformer_lm.training.models import ModelSource, choose_model, load_model
+from reformer_lm.training.models import ModelSource, choose_model, compile_layers, load_model, train_only
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer, default_warmup
+from reformer_lm.training.parallel import shard
 from reformer_lm.training.reporting import Reporter
+from reformer_lm.training.starts import choose_start, note_changes
 from reformer_lm.training.state import DataIdentity, Progress, seed_everything
 
 
@@ -39,14 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None for the program's own.
 
     Returns:
-        The exit status: 0; 2 if the input is wrong (one line on stderr says why); 130 after Ctrl-C,
-        143 after SIGTERM.
+        The exit status: 0, also after Ctrl-C or SIGTERM, which end the step, save and say how to go on; 2 if the input
+        is wrong (one line on stderr says why); 130 if Ctrl-C came twice, or before training began.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(parse_arguments(given), given)
     except InputError as error:
-        complain(error)
+        # Of several processes each may have its own complaint.
+        complain(error if num_processes() == 1 else f"process {os.environ.get('RANK')}: {error}")
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -56,11 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(request: RunRequest, given: Sequence[str]) -> int:
     arguments = request.arguments
     # What costs nothing is checked before anything that costs time.
-    accelerator = create_accelerator(choose_device(arguments.device), fp16=arguments.fp16, bf16=arguments.bf16)
-    folder, tokenizer = _choose_start(arguments)
-    config_is_given = "model_config" in request.given
-    source = choose_model(request.config_file, config_is_given, folder, tokenizer)
+    device = choose_device(arguments.device)
+    start = choose_start(arguments)
+    tokenizer = start.tokenizer
+    source = choose_model(request.config_file, "model_config" in request.given, start.folder, tokenizer)
     length = _window_length(arguments, source)
+    accelerator = create_accelerator(
+        device,
+        fp16=arguments.fp16,
+        bf16=arguments.bf16,
+        fsdp=arguments.fsdp,
+        layer_dropout=source.config.layer_dropout,
+    )
     mixed = arguments.fp16 or arguments.bf16
     if arguments.estimate:
         _print_estimate(arguments, source.config, length, accelerator.device)
@@ -68,28 +75,44 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     for path, flag in ((arguments.output_dir, "--output_dir"), (arguments.writer_dir, "--writer_dir")):
         require_writable_folder(path, flag)
 
+    is_main = accelerator.is_main_process
     explained = explained_out_of_memory(source.config, arguments.batch_size, length, mixed)
-    with Reporter(arguments.log_step, arguments.quiet) as reporter, explained:
-        stream, index = prepare_training_stream(request, tokenizer, reporter)
-        held_out = prepare_validation_stream(request, tokenizer, reporter)
+    with Reporter(arguments.log_step, arguments.quiet, is_main=is_main) as reporter, explained:
+        # The main process tokenises, and the others find it done.
+        with accelerator.main_process_first():
+            stream, index = prepare_training_stream(request, tokenizer, reporter)
+            held_out = prepare_validation_stream(request, tokenizer, reporter)
         windows = TokenWindows(stream, length, arguments.stride or length)
-        identity = DataIdentity(len(stream), index.identity, windows.length, windows.stride, arguments.seed)
-        state = load_state(folder) if arguments.resume and folder else None
+        identity = DataIdentity(
+            len(stream), index.identity, windows.length, windows.stride, arguments.seed, arguments.pad_articles
+        )
+        state = start.state()
         # From here on Ctrl-C means: finish the step, save, then stop.
         with StopRequest() as stop:
-            plan, schedule = _plan(arguments, len(windows), Progress(**state["progress"]) if state else Progress())
+            progress = Progress(**state["progress"]) if state else Progress()
+            plan, schedule = _plan(arguments, len(windows), progress, accelerator.num_processes)
             seed_everything(arguments.seed)
             model = load_model(source, tokenizer).to(accelerator.device)
+            train_only(model, arguments.train_only)
+            if arguments.fsdp:
+                shard(model)
+            if arguments.compile:
+                compile_layers(model)
+            # The same weights in all processes, and dropout of its own in each.
+            seed_everything(arguments.seed + accelerator.process_index)
+            store = CheckpointStore(
+                arguments.output_dir, arguments.save_total_limit, replace_beyond=start.replace_beyond
+            )
             loop = TrainingLoop(
                 accelerator=accelerator,
                 model=model,
-                optimizer=build_optimizer(model, arguments.lr, arguments.weight_decay),
+                optimizer=build_optimizer(model, arguments.lr, arguments.weight_decay, arguments.optimizer),
                 tokenizer=tokenizer,
                 windows=windows,
                 validation=None if held_out is None else EvaluationWindows(held_out, length),
                 plan=plan,
                 schedule=schedule,
-                store=CheckpointStore(arguments.output_dir, replace_earlier_run=not arguments.resume),
+                store=store,
                 settings=LoopSettings(
                     batch_size=arguments.batch_size,
                     max_grad_norm=arguments.max_grad_norm,
@@ -98,6 +121,10 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     sample_every=arguments.sample_every,
                     seed=arguments.seed,
                     separate_articles=arguments.separate_articles,
+                    pad_articles=arguments.pad_articles,
+                    noise=arguments.noise,
+                    ema=arguments.ema,
+                    early_stopping=arguments.early_stopping,
                 ),
                 identity=identity,
                 reporter=reporter,
@@ -107,9 +134,11 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
             _describe_run(request, loop, reporter)
             if state is not None:
                 loop.restore(state)
-                _note_changes(state["options"], arguments, reporter)
-                reporter.line(f"resuming from {folder}, step {loop.progress.step}")
-            elif loop.store.newest():
+                if is_main and start.folder is not None:
+                    store.settle(start.folder, loop.progress.best_step)
+                note_changes(state["options"], arguments, reporter)
+                reporter.line(f"resuming from {start.folder}, step {loop.progress.step}")
+            elif is_main and store.newest():
                 reporter.warn(
                     f"{arguments.output_dir} holds an earlier run, which the first checkpoint of this one "
                     "replaces; --resume would continue it instead"
@@ -135,7 +164,7 @@ def _print_estimate(arguments: TrainingArguments, config: ReformerLMConfig, leng
 
 
 def _plan(
-    arguments: TrainingArguments, num_windows: int, progress: Progress
+    arguments: TrainingArguments, num_windows: int, progress: Progress, num_processes: int
 ) -> tuple[TrainingPlan, LearningRateSchedule]:
     plan = TrainingPlan(
         num_windows=num_windows,
@@ -144,6 +173,7 @@ def _plan(
         epochs=arguments.epochs,
         seed=arguments.seed,
         max_steps=arguments.max_steps,
+        num_processes=num_processes,
     )
     total_steps = plan.total_steps(progress.step, progress.epoch, progress.windows_done)
     schedule = LearningRateSchedule(
@@ -152,44 +182,9 @@ def _plan(
         warmup_steps=default_warmup(total_steps) if arguments.warmup_steps is None else arguments.warmup_steps,
         kind=arguments.lr_schedule,
         floor_ratio=arguments.min_lr_ratio,
+        decay_share=arguments.lr_decay_share,
     )
     return plan, schedule
-
-
-def _choose_start(arguments: TrainingArguments) -> tuple[Path | None, PreTrainedTokenizerFast]:
-    """Folder of the weights to start from (None for new ones), and the run's tokenizer."""
-    folder: Path | None = None
-    if arguments.resume:
-        if arguments.pretrained_model:
-            raise InputError("--resume and --pretrained_model are both given; --resume has its own weights, choose one")
-        folder = CheckpointStore(arguments.output_dir).newest()
-        if folder is None:
-            raise InputError(
-                f"--resume: no checkpoint in {arguments.output_dir}; leave --resume out to start, or give --output_dir"
-            )
-    elif arguments.pretrained_model:
-        folder = Path(arguments.pretrained_model)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"--pretrained_model: no model in {folder}; give a folder that training wrote")
-    if arguments.bpe_token and not arguments.tokenizer_path and folder is None:
-        raise InputError(
-            "--bpe_token needs a vocabulary built that way: python -m reformer_lm.text.vocabulary "
-            f"--bpe_token --corpus {arguments.raw_data_path} --output FOLDER, then --tokenizer_path FOLDER"
-        )
-    path = arguments.tokenizer_path or folder
-    tokenizer = load_tokenizer(path, keep_case=arguments.keep_case, segment=arguments.segment)
-    if arguments.bpe_token and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
-        raise InputError(f"--bpe_token: {path} is no byte-pair vocabulary; give one that is, or leave the flag out")
-    if (
-        arguments.resume
-        and arguments.tokenizer_path
-        and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(load_tokenizer(folder))
-    ):
-        raise InputError(
-            f"--resume: {arguments.tokenizer_path} is another tokenizer than the checkpoint's; "
-            "leave --tokenizer_path out"
-        )
-    return folder, tokenizer
 
 
 def _window_length(arguments: TrainingArguments, source: ModelSource) -> int:
@@ -202,28 +197,6 @@ def _window_length(arguments: TrainingArguments, source: ModelSource) -> int:
             f"{longest}; give less, or a --model_config with more"
         )
     return arguments.max_seq_len
-
-
-# Options that change what a resumed run computes, though it may have good reasons to.
-_WORTH_A_NOTE = (
-    "batch_size",
-    "gradient_accumulation",
-    "separate_articles",
-    "lr",
-    "lr_schedule",
-    "warmup_steps",
-    "min_lr_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "fp16",
-    "bf16",
-)
-
-
-def _note_changes(saved: dict[str, Any], arguments: TrainingArguments, reporter: Reporter) -> None:
-    for name in _WORTH_A_NOTE:
-        if name in saved and saved[name] != getattr(arguments, name):
-            reporter.warn(f"--{name} was {saved[name]} before, now {getattr(arguments, name)}")
 
 
 def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -> None:
@@ -241,10 +214,11 @@ def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -
     reporter.line(
         f"windows: {len(windows):,} per epoch, {windows.length:,} tokens each, one every {windows.stride:,} tokens"
     )
+    shared = f" in each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
     reporter.line(
         f"steps: {schedule.total_steps:,} in all, {plan.steps_per_epoch:,} per epoch, "
         f"{min(plan.windows_per_step, len(windows)) * windows.length:,} tokens per step "
-        f"({plan.batch_size} x {plan.gradient_accumulation} windows)"
+        f"({plan.batch_size} x {plan.gradient_accumulation} windows{shared})"
     )
     if windows.stride > windows.length:
         skipped = windows.stride - windows.length
@@ -268,12 +242,19 @@ def _finish(
     progress, output_dir = loop.progress, request.arguments.output_dir
     if progress.skipped_steps:
         reporter.warn(f"{progress.skipped_steps} steps were left out because loss or gradient was not finite")
-    if stop.signal_number is not None and progress.step < loop.schedule.total_steps:
+    best = f"; the best was step {progress.best_step}: {output_dir.rstrip('/')}/{BEST_NAME}"
+    best = best if loop.store.of_step(progress.best_step or 0).is_dir() and progress.best_step != progress.step else ""
+    if stop.signal_number is not None and progress.step < loop.schedule.total_steps and not loop.stopped_early:
         if progress.step == 0:
             reporter.result("stopped before the first step; nothing was saved")
         else:
             reporter.result(f"stopped and saved at step {progress.step}; continue with: {_resume_command(given)}")
-        return EXIT_SIGNAL + stop.signal_number
+        return EXIT_OK
+    if loop.stopped_early:
+        reporter.result(
+            f"stopped at step {progress.step}: {progress.validations_since_best} validations without a lower loss than "
+            f"at step {progress.best_step}"
+        )
     if loop.resumed_at is not None and loop.resumed_at >= loop.schedule.total_steps:
         reporter.warn(f"{output_dir} had all its steps already; more --epochs or --max_steps would continue it")
     if progress.first_loss is not None and progress.last_loss is not None:
@@ -281,12 +262,15 @@ def _finish(
             f"validation PPL {perplexity(progress.first_loss):,.1f} at first, {perplexity(progress.last_loss):,.1f} now"
         )
     reporter.result(
-        f"model saved in {output_dir}; try: python predict.py --model_dir {shlex.quote(output_dir)} --text 春天"
+        f"model saved in {output_dir}{best}; try: python predict.py --model_dir {shlex.quote(output_dir)} --text 春天"
     )
     return EXIT_OK
 
 
 def _resume_command(given: Sequence[str]) -> str:
     program = "python train_reformer.py" if sys.argv[0].endswith(".py") else "reformer-train"
-    kept = [argument for argument in given if argument not in ("--raw", "--resume")]
+    kept = list(given)
+    if "--restore" in kept:
+        del kept[kept.index("--restore") : kept.index("--restore") + 2]
+    kept = [word for word in kept if word not in ("--raw", "--resume") and not word.startswith("--restore=")]
     return " ".join([program, shlex.join([*kept, "--resume"])])

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from reformer_lm.errors import InputError
+from reformer_lm.training.parallel import process_options
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -21,6 +22,9 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         InputError: If the name means nothing or the device is not here.
     """
+    if num_processes() > 1 and (name is None or name.strip() == "cuda") and torch.cuda.is_available():
+        # Each process has a device of its own.
+        name = os.environ.get("LOCAL_RANK", "0")
     if name is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     numbers = name.split(",")
@@ -40,30 +44,45 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def create_accelerator(device: torch.device, *, fp16: bool = False, bf16: bool = False) -> Accelerator:
-    """Set accelerate up for one process on one device.
+def create_accelerator(
+    device: torch.device, *, fp16: bool = False, bf16: bool = False, fsdp: bool = False, layer_dropout: float = 0.0
+) -> Accelerator:
+    """Set accelerate up for this process, which may be one of several (torchrun, accelerate launch).
 
     Args:
-        device: From `choose_device`.
+        device: From `choose_device`; of several processes each takes the CUDA device of its local rank.
         fp16: Half precision with loss scaling.
         bf16: bfloat16 mixed precision.
+        fsdp: Whether parameters are to be distributed over the processes.
+        layer_dropout: The model's.
 
     Raises:
-        InputError: If the device cannot compute in that precision, or several processes were launched.
+        InputError: If the device cannot compute in that precision, or FSDP2 is asked for what it cannot do.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("this trainer runs in one process; start it without torchrun or accelerate launch")
     if fp16 and device.type == "cpu":
         raise InputError("--fp16 needs a CUDA device; on the CPU give --bf16 or neither")
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; give --fp16")
+    if fsdp and num_processes() == 1:
+        raise InputError("--fsdp distributes a model over several processes; start with torchrun --nproc_per_node N")
+    if fsdp and fp16:
+        raise InputError("--fsdp and --fp16 do not go together; give --bf16")
+    if fsdp and layer_dropout:
+        raise InputError("--fsdp needs every layer in every step; set layer_dropout to 0 or leave --fsdp out")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # accelerate keeps its state in the process; without this a second run in it (a notebook, a test) could
     # not choose another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "fp16" if fp16 else "bf16" if bf16 else "no"
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    return Accelerator(
+        mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=process_options(layer_dropout)
+    )
+
+
+def num_processes() -> int:
+    """Processes that torchrun or accelerate launch started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def describe_device(device: torch.device) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.training.batches import article_numbers
+from reformer_lm.training.parallel import Processes
 
 SAMPLE_TOKENS = 48
 
@@ -46,8 +47,11 @@ def validate(
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
     begin_token: int | None = None,
+    processes: Processes | None = None,
 ) -> Validation | None:
     """Mean loss of a model over a stream, each token but the first scored exactly once.
+
+    Of several processes each scores its share of the windows; all of them get the same result.
 
     Args:
         model: A causal language model; it is left in the mode it was in.
@@ -56,36 +60,44 @@ def validate(
         device: Where the model is.
         should_stop: Asked before each batch; if it says yes, validation is given up.
         begin_token: The token articles begin with, if those in one window must not see each other.
+        processes: Those that share the work; None for this one alone.
 
     Returns:
         The result, None if it was given up.
     """
     was_training = model.training
     model.eval()
+    count, rank = (processes.count, processes.rank) if processes else (1, 0)
+    groups = _groups(windows, batch_size)
     total = 0.0
     try:
-        with torch.inference_mode():
-            for batch in _batches(windows, batch_size):
-                if should_stop():
+        # FSDP2 gathers parameters while the model runs, which inference mode would forbid.
+        with torch.inference_mode() if count == 1 else torch.no_grad():
+            # As many rounds in each process, because a sharded model runs in all of them or in none.
+            for first in range(0, len(groups), count):
+                stop = should_stop()
+                if processes.any(stop) if processes else stop:
                     return None
-                batch = batch.to(device)
+                number = first + rank
+                batch = torch.stack([windows[index] for index in groups[min(number, len(groups) - 1)]]).to(device)
                 articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
                 # Divided by 1: the sum, which is added up in double precision.
                 output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True, **articles)
-                total += float(output.loss)
+                if number < len(groups):
+                    total += float(output.loss)
     finally:
         model.train(was_training)
+    if processes:
+        total = processes.sum([total])[0]
     return Validation(total / windows.scored_tokens, windows.scored_tokens)
 
 
-def _batches(windows: EvaluationWindows, batch_size: int) -> Iterator[Tensor]:
+def _groups(windows: EvaluationWindows, batch_size: int) -> list[range]:
     """Windows in batches of one length; the last, if shorter, comes alone, so that nothing is padded."""
     count = len(windows)
     full = count - 1 if count and len(windows[count - 1]) < windows.length else count
-    for first in range(0, full, batch_size):
-        yield torch.stack([windows[index] for index in range(first, min(first + batch_size, full))])
-    if full < count:
-        yield windows[full].unsqueeze(0)
+    groups = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
+    return groups + ([range(full, count)] if full < count else [])
 
 
 def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:

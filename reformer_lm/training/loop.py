@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
-from reformer_lm.corpus import EvaluationWindows, TokenWindows
+from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.training.batches import StepWindows, TrainingPlan, article_numbers
+from reformer_lm.training.averaging import WeightAverage
+from reformer_lm.training.batches import BatchMaker, StepWindows, TrainingPlan, Windows
 from reformer_lm.training.checkpoints import CheckpointStore, save_state
 from reformer_lm.training.evaluation import validate, write_sample
 from reformer_lm.training.interruption import StopRequest
 from reformer_lm.training.models import save_model
-from reformer_lm.training.optimization import LearningRateSchedule, set_learning_rate
+from reformer_lm.training.optimization import LearningRateSchedule
+from reformer_lm.training.parallel import Processes, shard_optimizer_state
 from reformer_lm.training.reporting import Reporter, StepReport, Stopwatch
 from reformer_lm.training.state import (
     STATE_VERSION,
@@ -31,6 +35,7 @@ from reformer_lm.training.state import (
     capture_random_state,
     restore_random_state,
 )
+from reformer_lm.training.step import StepRunner
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -45,8 +50,12 @@ class LoopSettings:
         eval_every: Steps between validations; 0 for the first and last only.
         save_every: Steps between checkpoints; 0 for the last only.
         sample_every: Steps between samples; 0 for none.
-        seed: Of the samples.
+        seed: Of the samples and the noise.
         separate_articles: Whether articles in one window do not see each other.
+        pad_articles: Whether windows are articles, padded at their end.
+        noise: Probability that a training input's token is replaced by a random one.
+        ema: Decay of the weights' moving average, which is then what is validated, sampled and saved; 0 for none.
+        early_stopping: Stop after so many validations without a new lowest loss; 0 for never.
     """
 
     batch_size: int
@@ -56,14 +65,18 @@ class LoopSettings:
     sample_every: int = 0
     seed: int = 0
     separate_articles: bool = False
+    pad_articles: bool = False
+    noise: float = 0.0
+    ema: float = 0.0
+    early_stopping: int = 0
 
 
 class TrainingLoop:
     """Trains a model from one position of a plan to its end.
 
     Args:
-        accelerator: One process on one device.
-        model: On any device; accelerate moves it.
+        accelerator: Of this process.
+        model: On its device; sharded, if it is to be.
         optimizer: Of that model's parameters.
         tokenizer: Saved with the model, and used for samples.
         windows: Of the training stream.
@@ -85,7 +98,7 @@ class TrainingLoop:
         model: ReformerLMForCausalLM,
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerFast,
-        windows: TokenWindows,
+        windows: Windows,
         validation: EvaluationWindows | None,
         plan: TrainingPlan,
         schedule: LearningRateSchedule,
@@ -97,10 +110,14 @@ class TrainingLoop:
         options: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
+        self.processes = Processes(accelerator)
         self.bare_model = model
         self.model: torch.nn.Module
         self.optimizer: AcceleratedOptimizer
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if isinstance(model, FSDPModule):
+            self.model, self.optimizer = model, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.tokenizer = tokenizer
         self.windows = windows
         self.validation = validation
@@ -112,12 +129,32 @@ class TrainingLoop:
         self.reporter = reporter
         self.stop = stop
         self.options = options
-        # Articles are told apart by the token they begin with.
-        self.begin_token: int | None = tokenizer.bos_token_id if settings.separate_articles else None
+        # Articles are told apart by the token they begin with. One that was read alone in training is to be judged so.
+        separate = settings.separate_articles or settings.pad_articles
+        self.begin_token: int | None = tokenizer.bos_token_id if separate else None
+        self.average = WeightAverage(model, settings.ema) if settings.ema else None
+        self.runner = StepRunner(
+            processes=self.processes,
+            model=self.model,
+            bare_model=model,
+            optimizer=self.optimizer,
+            batches=BatchMaker(
+                windows=windows,
+                begin_token=tokenizer.bos_token_id if settings.separate_articles else None,
+                pad_token=tokenizer.pad_token_id if settings.pad_articles else None,
+                noise=settings.noise,
+                seed=settings.seed,
+                special_tokens=tuple(tokenizer.all_special_ids),
+                vocab_size=len(tokenizer),
+            ),
+            max_grad_norm=settings.max_grad_norm,
+            average=self.average,
+        )
         self.progress = Progress()
         # Step at which a resumed run goes on.
         self.resumed_at: int | None = None
         self._saved_step: int | None = None
+        self._told_to_stop = False
         self._skipped_in_a_row = 0
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -127,29 +164,41 @@ class TrainingLoop:
             InputError: If the state is of another version, other data or another model.
         """
         if state.get("version") != STATE_VERSION:
-            raise InputError("--resume: the checkpoint is of another version of this program; use --pretrained_model")
+            raise InputError("--resume: the checkpoint is of another version of this program; use --init_from")
         self.identity.require_same(state["data"])
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
             # Saved with the rest, but the user may have changed it.
             for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
-        except ValueError:
+        except (ValueError, KeyError):
             raise InputError(
-                "--resume: the checkpoint's optimizer is of another model; start anew with --pretrained_model"
+                "--resume: the checkpoint's optimizer is another one, or of another model; "
+                "start anew from its weights with --init_from"
             ) from None
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._restore_average(state["weights"])
         self.progress = Progress(**state["progress"])
         self._saved_step = self.resumed_at = self.progress.step
-        restore_random_state(state["random"])
+        random = state["random"]
+        # With more processes than before, those that are new go on with the numbers of their own seed.
+        if self.processes.rank < len(random):
+            restore_random_state(random[self.processes.rank])
+
+    def _restore_average(self, weights: dict[str, Any] | None) -> None:
+        if (self.average is None) != (weights is None):
+            said = "with" if weights is not None else "without"
+            raise InputError(f"--resume: the run was {said} --ema; give the same, or start anew with --init_from")
+        if self.average is not None and weights is not None:
+            self.average.restore(weights)
 
     def run(self) -> Progress:
         """Train to the end of the plan, or until a stop is requested; what was reached is saved.
 
         Raises:
-            InputError: If training diverges or a checkpoint cannot be saved.
+            InputError: If training diverges or the last checkpoint cannot be saved.
         """
         self.model.train()
         progress = self.progress
@@ -157,7 +206,7 @@ class TrainingLoop:
             self._validate()
         stopwatch = Stopwatch()
         for step_windows in self.plan.steps(progress.epoch, progress.windows_done):
-            if self.stop.is_requested or progress.step >= self.schedule.total_steps:
+            if self._stopping or progress.step >= self.schedule.total_steps or self.stopped_early:
                 break
             stopwatch.lap()
             report = self._train_step(step_windows)
@@ -172,53 +221,50 @@ class TrainingLoop:
             self._save()
         return progress
 
+    @property
+    def _stopping(self) -> bool:
+        """Whether all processes are to stop. One alone must not leave the others: they hear of its signal in a step."""
+        return self._told_to_stop or (self.processes.count == 1 and self.stop.is_requested)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether validation has not become better for so long that the run ends."""
+        patience = self.settings.early_stopping
+        return 0 < patience <= self.progress.validations_since_best
+
     def _after_step(self) -> None:
         """Validation, sample and checkpoint, where they are due."""
         step, settings = self.progress.step, self.settings
         last = step == self.schedule.total_steps
-        if last or _is_due(step, settings.eval_every):
-            self._validate()
-        if _is_due(step, settings.sample_every) and not self.stop.is_requested:
-            self.reporter.sample(step, write_sample(self.bare_model, self.tokenizer, settings.seed + step))
+        is_best = (last or _is_due(step, settings.eval_every)) and self._validate()
+        if _is_due(step, settings.sample_every) and not self._stopping:
+            with self._averaged(), self.accelerator.autocast():
+                text = write_sample(self.bare_model, self.tokenizer, settings.seed + step)
+            self.reporter.sample(step, text)
         # After the validation, whose result belongs to the saved state.
-        if _is_due(step, settings.save_every):
-            self._save()
+        if is_best or _is_due(step, settings.save_every):
+            self._save(may_fail=not last)
 
     def _train_step(self, step_windows: StepWindows) -> StepReport | None:
         """One optimizer step over all batches of a group, None if it was skipped."""
-        batches = [self.windows.batch(indices) for indices in step_windows.batches]
-        # Each batch's summed loss is divided by the tokens of all of them: the gradient is then that of one
-        # large batch, also where batches have uneven numbers of tokens.
-        tokens = sum(count_labels(batch) for batch in batches)
-        rate = self.schedule.rate(self.progress.step)
-        set_learning_rate(self.optimizer, rate)
-        loss = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            # Rotations that change with the step must be the same in all of its batches.
-            self.bare_model.reformer.hash_step = self.progress.step
-            batch = batch.to(self.accelerator.device, non_blocking=True)
-            articles = {}
-            if self.begin_token is not None:
-                articles["document_ids"] = article_numbers(batch, self.begin_token)
-            output = self.model(input_ids=batch, labels=batch, num_items_in_batch=tokens, **articles)
-            self.accelerator.backward(output.loss)
-            loss += output.loss.detach()
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
-        mean_loss = float(loss)
-        is_finite = math.isfinite(norm) and math.isfinite(mean_loss)
-        # The loss scaler of fp16 skips such a step itself, and needs to be told of it to lower its scale.
-        if is_finite or self.accelerator.scaler is not None:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         progress = self.progress
+        rate = self.schedule.rate(progress.step)
+        outcome = self.runner.take(
+            step_windows.of_process(self.processes.rank, self.processes.count),
+            step_windows.epoch,
+            progress.step,
+            rate,
+            self.stop.is_requested,
+        )
+        self._told_to_stop = outcome.stop_requested
         progress.step += 1
         progress.epoch, progress.windows_done = step_windows.epoch, step_windows.windows_done
-        progress.tokens_seen += tokens
-        if not is_finite:
+        progress.tokens_seen += outcome.tokens
+        if not outcome.is_finite:
             self._note_skipped(rate)
             return None
         self._skipped_in_a_row = 0
-        return StepReport(progress.step, mean_loss, norm, rate, tokens, seconds=0.0)
+        return StepReport(progress.step, outcome.loss, outcome.gradient_norm, rate, outcome.tokens, seconds=0.0)
 
     def _note_skipped(self, rate: float) -> None:
         self.progress.skipped_steps += 1
@@ -236,48 +282,86 @@ class TrainingLoop:
                 + (f" and continue from {newest} with --resume" if newest else "")
             )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Score the validation stream; whether no validation before was better."""
         if self.validation is None:
-            return
-        device = self.accelerator.device
-        result = validate(
-            self.model,
-            self.validation,
-            self.settings.batch_size,
-            device,
-            should_stop=lambda: self.stop.is_requested,
-            begin_token=self.begin_token,
-        )
-        if result is not None:
-            self.progress.record_validation(result.loss)
-            self.reporter.validation(self.progress.step, result)
+            return False
+        with self._averaged(), self.accelerator.autocast():
+            # Not through DistributedDataParallel, which is for gradients.
+            result = validate(
+                self.bare_model,
+                self.validation,
+                self.settings.batch_size,
+                self.accelerator.device,
+                should_stop=lambda: self._stopping or self.stop.is_requested,
+                begin_token=self.begin_token,
+                processes=self.processes,
+            )
+        if result is None:
+            self._told_to_stop = True
+            return False
+        is_best = self.progress.record_validation(result.loss)
+        self.reporter.validation(self.progress.step, result)
+        # Before the first step there is nothing to keep.
+        return is_best and self.progress.step > 0
 
-    def _save(self) -> None:
-        folder = self.store.save(self.progress.step, self._write_checkpoint)
-        self._saved_step = self.progress.step
-        self.reporter.line(f"step {self.progress.step}  saved {folder}")
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model as it is to be judged and saved."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        save_model(folder, self.bare_model, self.tokenizer)
+    def _save(self, *, may_fail: bool = False) -> None:
+        """Write a checkpoint.
+
+        Args:
+            may_fail: Whether training goes on without it if it cannot be written; the next one may succeed.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        write = self._prepare_checkpoint()
+        folder: Path | None = None
+        failure: str | None = None
+        if self.processes.is_main:
+            try:
+                folder = self.store.save(self.progress.step, write, self.progress.best_step)
+            except InputError as error:
+                failure = str(error)
+        # All processes go on, or none.
+        failure = self.processes.collect(failure)[0]
+        if failure is None:
+            self._saved_step = self.progress.step
+            self.reporter.line(f"step {self.progress.step}  saved {folder}")
+        elif may_fail:
+            self.reporter.warn(f"{failure}; training goes on")
+        else:
+            raise InputError(failure)
+
+    def _prepare_checkpoint(self) -> Callable[[Path], None]:
+        """Gather what belongs to a checkpoint from all processes; the result writes it into a folder."""
         scaler = self.accelerator.scaler
-        save_state(
-            folder,
-            {
-                "version": STATE_VERSION,
-                "progress": dataclasses.asdict(self.progress),
-                "data": dataclasses.asdict(self.identity),
-                "schedule": dataclasses.asdict(self.schedule),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "random": capture_random_state(),
-                "options": self.options,
-            },
-        )
+        state = {
+            "version": STATE_VERSION,
+            "progress": dataclasses.asdict(self.progress),
+            "data": dataclasses.asdict(self.identity),
+            "schedule": dataclasses.asdict(self.schedule),
+            "optimizer": self.processes.whole(self.optimizer.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": self.processes.collect(capture_random_state()),
+            # The model's file holds the averages, if there are any.
+            "weights": None if self.average is None else self.processes.whole(self.average.weights()),
+            "options": self.options,
+        }
+        weights: dict[str, torch.Tensor] | None = None
+        if isinstance(self.bare_model, FSDPModule):
+            with self._averaged():
+                weights = self.processes.whole(self.bare_model.state_dict())
 
+        def write(folder: Path) -> None:
+            with self._averaged() if weights is None else contextlib.nullcontext():
+                save_model(folder, self.bare_model, self.tokenizer, weights)
+            save_state(folder, state)
 
-def count_labels(batch: Tensor) -> int:
-    """Tokens of a batch [B, T] that are predicted: all but the first of each row."""
-    return batch.shape[0] * (batch.shape[1] - 1)
+        return write
 
 
 def _is_due(step: int, every: int) -> bool:

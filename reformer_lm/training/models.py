@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -217,10 +218,64 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> Refor
     return model
 
 
-def save_model(folder: Path, model: ReformerLMForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write configuration, weights, generation settings and tokenizer in transformers' format."""
+def train_only(model: ReformerLMForCausalLM, pattern: str | None) -> None:
+    """Freeze all parameters whose names do not match.
+
+    Args:
+        model: Of the run.
+        pattern: Regular expression, searched for in names such as ``lm_head.bias``; None trains everything.
+
+    Raises:
+        InputError: If nothing matches.
+    """
+    if pattern is None:
+        return
+    expression = re.compile(pattern)
+    names = [name for name, _ in model.named_parameters()]
+    if not any(expression.search(name) for name in names):
+        raise InputError(f"--train_only {pattern!r} matches no parameter; their names are like {names[0]}, {names[-1]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(expression.search(name) is not None)
+
+
+def compile_layers(model: ReformerLMForCausalLM) -> None:
+    """Let torch.compile fuse activation, gate and dropout of the feed-forward blocks, in place.
+
+    Args:
+        model: On its device.
+
+    Raises:
+        InputError: If torch cannot compile here.
+    """
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=model.device))
+    # The compiler's backends have many ways to fail: no C++ compiler, no Triton, a driver that is too old.
+    except Exception as error:
+        raise InputError(f"--compile: torch cannot compile here ({_one_line(error)[:200]}); leave it out") from None
+    for layer in model.reformer.stack.layers:
+        layer.feed_forward._piece = torch.compile(layer.feed_forward._piece)
+
+
+def save_model(
+    folder: Path,
+    model: ReformerLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write configuration, weights, generation settings and tokenizer in transformers' format.
+
+    Args:
+        folder: That exists.
+        model: Whose weights are saved,
+        tokenizer: With it,
+        weights: Unless they are given here, as of a model that is sharded.
+    """
+    if weights is not None:
+        # Tied parameters are saved once.
+        tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+        weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     with _no_progress_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
     # safetensors lets nobody but the owner read its files; they may be read by whoever may read the others.
     for path in folder.glob("*.safetensors"):

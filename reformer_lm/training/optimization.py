@@ -1,13 +1,19 @@
-"""The optimizer and its learning rate."""
+"""The optimizers and their learning rate."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from reformer_lm.training.muon import Float32Muon
+
+OPTIMIZERS = ("adamw", "muon", "adafactor", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 # 0.95 instead of 0.999: language models see few steps, and the gradient's scale changes fast at their
 # beginning (Brown et al. 2020, appendix B).
 BETAS = (0.9, 0.95)
@@ -24,8 +30,10 @@ class LearningRateSchedule:
         peak: Highest learning rate.
         total_steps: Optimizer steps of the whole run.
         warmup_steps: Steps of the rise; the peak is reached at this step.
-        kind: ``cosine``, ``linear`` or ``constant`` (no decay).
+        kind: ``cosine``, ``linear``, ``constant`` (no decay), or ``wsd``: warm-up, a stable peak, and a linear decay
+            at the end alone (Hu et al. 2024, MiniCPM, section 4), so that a run can be made longer without a new plan.
         floor_ratio: The last step's rate as a share of the peak.
+        decay_share: Of ``wsd``: the part of all steps, from 0 to 1, that the decay takes.
     """
 
     peak: float
@@ -33,6 +41,7 @@ class LearningRateSchedule:
     warmup_steps: int
     kind: str = "cosine"
     floor_ratio: float = 0.1
+    decay_share: float = 0.2
 
     def rate(self, step: int) -> float:
         """Learning rate of one optimizer step.
@@ -43,11 +52,14 @@ class LearningRateSchedule:
         if step < self.warmup_steps:
             # Never 0: a first step that learns nothing would be wasted.
             return self.peak * (step + 1) / (self.warmup_steps + 1)
-        decay_steps = self.total_steps - 1 - self.warmup_steps
-        progress = min((step - self.warmup_steps) / decay_steps, 1.0) if decay_steps > 0 else 0.0
+        begin = self.warmup_steps
+        if self.kind == "wsd":
+            begin = max(begin, self.total_steps - 1 - round(self.decay_share * self.total_steps))
+        decay_steps = self.total_steps - 1 - begin
+        progress = min(max(step - begin, 0) / decay_steps, 1.0) if decay_steps > 0 else 0.0
         if self.kind == "constant":
             share = 1.0
-        elif self.kind == "linear":
+        elif self.kind in ("linear", "wsd"):
             share = 1.0 - progress
         else:
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -77,18 +89,102 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     return decayed, spared
 
 
-def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, fused into one kernel where the device has it.
+def build_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """One of torch's optimizers, with weight decay on matrices only.
+
+    All take AdamW's learning rates but for ``sgd``. ``muon`` moves the weight matrices inside the layers along their
+    orthogonalised momentum (Jordan et al. 2024), scaled to the size that AdamW's updates have (Liu et al. 2025,
+    section 2.2), and leaves all other parameters to AdamW.
 
     Args:
-        model: Already on its device.
+        model: Already on its device; only parameters that require gradients are trained.
         learning_rate: Of the first step.
         weight_decay: Decoupled decay per step, times the learning rate.
+        kind: One of `OPTIMIZERS`.
     """
     decayed, spared = split_by_decay(model)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in [*decayed, *spared])
+    if kind == "muon":
+        # The output layer is a matrix too, but its rows are looked up, as an embedding's are.
+        output = getattr(model, "lm_head", None)
+        matrices = [p for p in decayed if output is None or p is not output.weight]
+        others = [p for p in decayed if output is not None and p is output.weight]
+        on_cpu = any(parameter.device.type == "cpu" for parameter in matrices)
+        kind_of_muon = Float32Muon if on_cpu else torch.optim.Muon
+        muon = kind_of_muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = _adamw(_groups(others, spared, weight_decay), learning_rate)
+        return OptimizerChain([muon, adamw]) if matrices else adamw
+    groups = _groups(decayed, spared, weight_decay)
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": _adamw,
+        "adafactor": lambda groups, lr: torch.optim.Adafactor(groups, lr=lr),
+        # Decoupled decay is AdamW's; of SGD's own, which goes through the momentum, the learning rate is part, too.
+        "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
+    }
+    return makers[kind](groups, learning_rate)
+
+
+def _groups(decayed: list[nn.Parameter], spared: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def _adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
+    """In one kernel where the device has it."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
+
+
+class OptimizerChain(torch.optim.Optimizer):
+    """Several optimizers of different parameters that act as one.
+
+    Args:
+        members: No parameter may be in two of them.
+    """
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        # The same dictionaries as the members': who sets a learning rate here sets theirs.
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self.members = list(members)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """A step of each member."""
+        loss = None if closure is None else closure()
+        for member in self.members:
+            member.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbered through over all members, as if they were one."""
+        state: dict[int, Any] = {}
+        groups = []
+        for member in self.members:
+            saved, first = member.state_dict(), sum(len(group["params"]) for group in groups)
+            state |= {first + number: entry for number, entry in saved["state"].items()}
+            groups += [{**group, "params": [first + n for n in group["params"]]} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give each member its part.
+
+        Raises:
+            ValueError: If the groups are not of the members' number or sizes.
+        """
+        groups = list(state_dict["param_groups"])
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"{len(groups)} parameter groups for {len(self.param_groups)}")
+        for member in self.members:
+            own, groups = groups[: len(member.param_groups)], groups[len(member.param_groups) :]
+            numbers = [number for group in own for number in group["params"]]
+            first = min(numbers, default=0)
+            member.load_state_dict(
+                {
+                    "state": {n - first: state_dict["state"][n] for n in numbers if n in state_dict["state"]},
+                    "param_groups": [{**group, "params": [n - first for n in group["params"]]} for group in own],
+                }
+            )
+        # Loading made new dictionaries.
+        self.param_groups = [group for member in self.members for group in member.param_groups]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -69,10 +69,12 @@ class Reporter:
     Attributes:
         log_step: A line and a point in the curves every so many steps.
         quiet: Only validations, warnings and the result.
+        is_main: Whether this is the process that tells; the others say nothing.
     """
 
     log_step: int = 10
     quiet: bool = False
+    is_main: bool = True
     _bar: tqdm | None = field(default=None, init=False)
     _writer: SummaryWriter | None = field(default=None, init=False)
     _interval: _Interval = field(default_factory=_Interval, init=False)
@@ -100,6 +102,8 @@ class Reporter:
             writer_dir: TensorBoard's folder.
         """
         self._total_steps = total_steps
+        if not self.is_main:
+            return
         self._writer = SummaryWriter(writer_dir, purge_step=step + 1 if step else None)
         # disable=None: no bar where stderr is a file or a pipe, which the lines serve better.
         disable = True if self.quiet else None
@@ -112,12 +116,14 @@ class Reporter:
 
     def result(self, text: str) -> None:
         """Print a line in any case."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """Print a line about something that the user should look at."""
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        if self.is_main:
+            tqdm.write(f"note: {text}", file=sys.stderr)
 
     def step(self, report: StepReport) -> None:
         """Tell of a step."""

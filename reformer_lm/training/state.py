@@ -12,7 +12,7 @@ import torch
 
 from reformer_lm.errors import InputError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Progress:
         last_loss: Of the last.
         best_loss: The lowest.
         best_step: Where that was.
+        validations_since_best: Validations after it.
     """
 
     step: int = 0
@@ -40,14 +41,18 @@ class Progress:
     last_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    validations_since_best: int = 0
 
-    def record_validation(self, loss: float) -> None:
-        """Note the loss of a validation after the current step."""
+    def record_validation(self, loss: float) -> bool:
+        """Note the loss of a validation after the current step, and say whether it is the lowest so far."""
         if self.first_loss is None:
             self.first_loss = loss
         self.last_loss = loss
         if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
+            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
+            return True
+        self.validations_since_best += 1
+        return False
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class DataIdentity:
         max_seq_len: Tokens per window.
         stride: Tokens from window to window.
         seed: Of the window order.
+        pad_articles: Whether windows are articles.
     """
 
     num_tokens: int
@@ -67,6 +73,7 @@ class DataIdentity:
     max_seq_len: int
     stride: int
     seed: int
+    pad_articles: bool = False
 
     def require_same(self, saved: dict[str, Any]) -> None:
         """Refuse to resume on other data.
@@ -74,8 +81,8 @@ class DataIdentity:
         Raises:
             InputError: Naming the first difference.
         """
-        remedy = "give the same, or start anew from the weights with --pretrained_model"
-        for name in ("max_seq_len", "stride", "seed"):
+        remedy = "give the same, or start anew from the weights with --init_from"
+        for name in ("max_seq_len", "stride", "seed", "pad_articles"):
             if saved[name] != getattr(self, name):
                 raise InputError(f"--resume: --{name} was {saved[name]}, now {getattr(self, name)}; {remedy}")
         if saved != dataclasses.asdict(self):

@@ -1,9 +1,13 @@
 from collections import Counter
 
+import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_lm.training.batches import TrainingPlan
+from reformer_lm.corpus import TokenStream, TokenWindows
+from reformer_lm.training.batches import BatchMaker, TrainingPlan, count_labels
 
 plans = st.builds(
     TrainingPlan,
@@ -62,3 +66,74 @@ def test_max_steps_limits_the_total() -> None:
     assert TrainingPlan(10, 1, 1, 5, 0, max_steps=7).total_steps() == 7
     assert TrainingPlan(10, 1, 1, 5, 0, max_steps=700).total_steps() == 50
     assert TrainingPlan(10, 1, 1, 2, 0).total_steps(step=20, epoch=3, windows_done=10) == 20
+
+
+@given(plans, st.integers(1, 4))
+def test_processes_share_each_step_evenly(plan: TrainingPlan, count: int) -> None:
+    for step in plan.steps():
+        shares = [step.of_process(rank, count) for rank in range(count)]
+        assert len({len(share) for share in shares}) == 1
+        seen = [int(window) for share in shares for batch in share for window in batch]
+        assert Counter(seen) == Counter(int(window) for batch in step.batches for window in batch)
+
+
+def test_more_processes_are_a_larger_step() -> None:
+    one = TrainingPlan(23, batch_size=2, gradient_accumulation=4, epochs=2, seed=3)
+    two = TrainingPlan(23, batch_size=2, gradient_accumulation=2, epochs=2, seed=3, num_processes=2)
+    assert one.total_steps() == two.total_steps()
+    for ours, theirs in zip(one.steps(), two.steps(), strict=True):
+        assert [batch.tolist() for batch in ours.batches] == [batch.tolist() for batch in theirs.batches]
+
+
+def maker(**options: object) -> BatchMaker:
+    tokens = np.tile(np.arange(1, 40), 200)[: 100 * 64].astype(np.uint16)
+    windows = TokenWindows(TokenStream([tokens]), 64, 64)
+    return BatchMaker(windows, seed=1, special_tokens=(0, 1, 2, 3), vocab_size=40, **options)  # type: ignore[arg-type]
+
+
+def test_without_options_inputs_are_the_labels() -> None:
+    inputs, count = maker().make(np.array([3, 7]), 0)
+    assert inputs.keys() == {"input_ids", "labels"}
+    assert torch.equal(inputs["input_ids"], inputs["labels"])
+    assert count == 2 * 63
+
+
+def test_a_batch_of_nothing_predicts_nothing() -> None:
+    inputs, count = maker(noise=0.5, begin_token=1).make(np.zeros(0, dtype=np.int64), 0)
+    assert count == 0 == count_labels(inputs["labels"])
+    assert inputs["input_ids"].shape == inputs["document_ids"].shape == (1, 64)
+
+
+def test_noise_replaces_inputs_and_nothing_else() -> None:
+    batches = maker(noise=0.3)
+    indices = np.arange(100)
+    inputs, _ = batches.make(indices, 0)
+    clean, noisy = inputs["labels"], inputs["input_ids"]
+    assert torch.equal(clean, maker().make(indices, 0)[0]["labels"])
+    special = torch.isin(clean, torch.tensor([1, 2, 3]))
+    assert torch.equal(clean[special], noisy[special])
+    assert noisy.min() >= 1 and noisy[clean != noisy].min() >= 4 and noisy.max() < 40
+    # A replacement may be the same token by chance, one in 36.
+    share = float((clean != noisy)[~special].double().mean())
+    assert share == pytest.approx(0.3 * 35 / 36, abs=0.02)
+    # Of seed, epoch and window alone: not of the batch that a window is in.
+    alone = torch.cat([batches.make(indices[i : i + 1], 0)[0]["input_ids"] for i in range(100)])
+    assert torch.equal(alone, noisy)
+    assert not torch.equal(batches.make(indices, 1)[0]["input_ids"], noisy)
+    assert not torch.equal(noisy[0] != clean[0], noisy[1] != clean[1])
+
+
+def test_padding_is_masked_and_never_predicted() -> None:
+    class Padded:
+        length = 5
+
+        def __len__(self) -> int:
+            return 2
+
+        def batch(self, indices: np.ndarray) -> torch.Tensor:
+            return torch.tensor([[1, 5, 6, 2, 9], [1, 5, 2, 0, 0]])
+
+    inputs, count = BatchMaker(Padded(), pad_token=0).make(np.array([0, 1]), 0)
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert inputs["labels"].tolist() == [[1, 5, 6, 2, 9], [1, 5, 2, -100, -100]]
+    assert count == 4 + 2

@@ -100,7 +100,7 @@ def test_an_earlier_run_is_replaced_by_the_first_save_only(tmp_path: Path) -> No
     earlier = CheckpointStore(tmp_path)
     earlier.save(3, writer("earlier 3"))
     earlier.save(900, writer("earlier 900"))
-    store = CheckpointStore(tmp_path, replace_earlier_run=True)
+    store = CheckpointStore(tmp_path, replace_beyond=0)
     assert [path.name for path in store.complete()] == ["step-00000003", "step-00000900"]
     with pytest.raises(InputError):
         store.save(3, lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -135,7 +135,7 @@ def test_state_holds_tensors_and_plain_values_only(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_states_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"training_state.pt is missing.*--pretrained_model"):
+    with pytest.raises(InputError, match=r"training_state.pt is missing.*--init_from"):
         load_state(tmp_path)
     save_state(tmp_path, {"a": torch.arange(3000)})
     (tmp_path / STATE_NAME).write_bytes((tmp_path / STATE_NAME).read_bytes()[:2000])
@@ -155,3 +155,43 @@ def test_folders_are_tried_not_asked(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "folder", "/proc/folder"):
         with pytest.raises(InputError, match=r"folder cannot be written \(.*\); give another \(--output_dir\)"):
             require_writable_folder(path, "--output_dir")
+
+
+def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, kept=2)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6)):
+        store.save(step, writer(str(step)), best)
+    assert names(store.folder) == ["step-00000006", "step-00000007"]
+    assert (tmp_path / "best" / "model").read_text() == "6"
+    assert not (tmp_path / "best" / STATE_NAME).exists()
+    store.save(8, writer("8"), 6)
+    store.save(9, writer("9"), 6)
+    assert names(store.folder) == ["step-00000006", "step-00000008", "step-00000009"]
+    assert (tmp_path / "model").read_text() == "9"
+    assert store.newest() == store.of_step(9)
+
+
+def test_a_restored_step_replaces_the_later_ones(tmp_path: Path) -> None:
+    earlier = CheckpointStore(tmp_path, kept=5)
+    for step in (2, 4, 6, 8):
+        earlier.save(step, writer(str(step)))
+    store = CheckpointStore(tmp_path, kept=5, replace_beyond=4)
+    store.save(5, writer("new 5"))
+    assert names(store.folder) == ["step-00000002", "step-00000004", "step-00000005"]
+    store.save(6, writer("new 6"))
+    assert (store.newest() or Path(), (tmp_path / "model").read_text()) == (store.of_step(6), "new 6")
+
+
+def test_a_kill_between_checkpoint_and_folder_is_made_good(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, kept=1)
+    store.save(1, writer("1"), 1)
+    for _ in range(2):
+        # As a kill would leave it: the checkpoint is there, and nothing after that was done.
+        store.of_step(2).mkdir(exist_ok=True)
+        writer("2")(store.of_step(2))
+        (store.folder / "step-00000000.removed").mkdir()
+        store.settle(store.of_step(2), 2)
+        assert names(store.folder) == ["step-00000002"]
+        assert (tmp_path / "model").read_text() == (tmp_path / "best" / "model").read_text() == "2"
+        assert load_state(tmp_path) == {"content": "2"}
+        (tmp_path / STATE_NAME).unlink()

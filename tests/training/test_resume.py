@@ -55,7 +55,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert main([*RUN, "--output_dir", "straight"]) == 0
     with monkeypatch.context() as patch:
         stop_at(step, patch)
-        assert main([*RUN, "--output_dir", "broken off"]) == 130
+        assert main([*RUN, "--output_dir", "broken off"]) == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line.startswith(f"stopped and saved at step {step}; continue with: ")
@@ -113,7 +113,7 @@ def assert_same_weights(one: str, other: str) -> None:
 
 def test_terminated_run_is_saved_too(monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(2, monkeypatch, signal.SIGTERM)
-    assert main(RUN) == 143
+    assert main(RUN) == 0
     assert load_state(Path("model"))["progress"]["step"] == 2
 
 
@@ -124,7 +124,7 @@ def test_a_stop_before_the_first_step_replaces_nothing(
     before = Path("model/model.safetensors").read_bytes()
     validate = TrainingLoop._validate
     monkeypatch.setattr(TrainingLoop, "_validate", lambda loop: (os.kill(os.getpid(), signal.SIGINT), validate(loop)))
-    assert main([*RUN, "--seed", "3"]) == 130
+    assert main([*RUN, "--seed", "3"]) == 0
     assert "nothing was saved" in capsys.readouterr().out
     assert Path("model/model.safetensors").read_bytes() == before
 
@@ -174,3 +174,32 @@ def test_what_cannot_be_resumed_is_said_in_one_line(
     assert captured.splitlines()[-1].startswith("error: ")
     assert fragment in captured.splitlines()[-1]
     assert "Traceback" not in captured
+
+
+def test_restore_latest_starts_where_there_is_nothing_and_continues_where_there_is() -> None:
+    assert main([*RUN, "--output_dir", "straight"]) == 0
+    for steps in ("2", "4", "6"):
+        # The learning rate is to be that of the whole run.
+        assert main([*RUN, "--restore", "latest", "--lr_schedule", "constant", "--max_steps", steps]) == 0
+        assert load_state(Path("model"))["progress"]["step"] == int(steps)
+    assert main([*RUN, "--restore", "latest", "--lr_schedule", "constant", "--output_dir", "at once"]) == 0
+    assert_same_weights("model", "at once")
+    assert main([*RUN, "--restore", "fresh"]) == 0
+    assert_same_weights("model", "straight")
+
+
+def test_restored_from_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--save_every", "1", "--save_total_limit", "10"]) == 0
+    shutil.copytree("model", "other")
+    # A step of the run itself: what came after it goes with the first save.
+    assert main([*RUN, "--restore", "model/checkpoints/step-00000002", "--max_steps", "3"]) == 0
+    assert [path.name[-1] for path in sorted(Path("model/checkpoints").iterdir())] == ["1", "2", "3"]
+    # Another run's: it takes the place of the one that was here.
+    assert main([*RUN, "--restore", "other/checkpoints/step-00000004"]) == 0
+    assert [path.name[-1] for path in sorted(Path("model/checkpoints").iterdir())] == ["6"]
+    assert_same_run("model", "other")
+    capsys.readouterr()
+    assert main([*RUN, "--restore", "nowhere"]) == 2
+    assert "no checkpoint in nowhere" in capsys.readouterr().err
+    assert main([*RUN, "--restore", "fresh", "--resume"]) == 2
+    assert "choose one" in capsys.readouterr().err

@@ -67,4 +67,4 @@ def test_other_data_is_refused(change: dict[str, int], fragment: str) -> None:
     with pytest.raises(InputError) as error:
         identity.require_same({**saved, **change})
     assert fragment in str(error.value)
-    assert "--pretrained_model" in str(error.value)
+    assert "--init_from" in str(error.value)
