@@ -222,8 +222,8 @@ def measure(corpus: Path, steps: int, peer_steps: int, repetitions: int) -> dict
     return {
         "tokens": TOKENS, "hidden_size": width, "depth": depth, "heads": heads, "vocab_size": len(tokenizer),
         "contenders": {
-            name: {"steps": counts[name], "seconds": seconds, "tokens_per_s": [counts[name] * TOKENS / s for s in seconds]}
-            for name, seconds in taken.items()
+            name: {"steps": count, "seconds": taken[name], "tokens_per_s": [count * TOKENS / s for s in taken[name]]}
+            for name, count in counts.items()
         },
     }  # fmt: skip
 

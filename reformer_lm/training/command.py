@@ -151,7 +151,9 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
 def _print_estimate(arguments: TrainingArguments, config: ReformerLMConfig, length: int, device: torch.device) -> None:
     precision = torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 else None
     with explained_out_of_memory(config, arguments.batch_size, length, precision is not None):
-        estimate = estimate_memory(config, arguments.batch_size, length, device, precision)
+        estimate = estimate_memory(
+            config, arguments.batch_size, length, device, precision, arguments.optimizer, arguments.ema > 0
+        )
     print(f"a training step with windows of {length:,} tokens, {arguments.batch_size} to a batch, on {device}:")
     print("\n".join(estimate.lines()))
     free = free_memory(device)

@@ -24,11 +24,10 @@ from torch.utils._pytree import tree_leaves
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.training.optimization import state_bytes
 
 # Steps of up to this many tokens are taken in full length.
 SHORT = 16384
-# AdamW keeps two moments of each parameter.
-MOMENTS = 2
 # What a process on the CPU holds besides live tensors: blocks that the C library keeps for later, libraries' buffers.
 # A round figure for glibc, which keeps freed blocks of up to 32 MiB.
 KEPT_BY_THE_ALLOCATOR = 160 << 20
@@ -43,7 +42,7 @@ class MemoryEstimate:
     Attributes:
         parameters: The weights.
         gradients: One per weight.
-        optimizer: AdamW's moments.
+        optimizer: What it keeps of each parameter, and the weights' moving average if there is one.
         activations: Everything else that is alive at the peak of forward and backward pass.
     """
 
@@ -104,9 +103,15 @@ class LiveTensors(TorchDispatchMode):
 
 
 def estimate_memory(
-    config: ReformerLMConfig, batch_size: int, tokens: int, device: torch.device, precision: torch.dtype | None = None
+    config: ReformerLMConfig,
+    batch_size: int,
+    tokens: int,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+    optimizer: str = "adamw",
+    averaged: bool = False,
 ) -> MemoryEstimate:
-    """The memory of a training step with AdamW.
+    """The memory of a training step.
 
     Takes some seconds, up to a minute for long sequences; of the asked model only shapes are made.
 
@@ -116,9 +121,13 @@ def estimate_memory(
         tokens: In a window.
         device: Where training is to run.
         precision: Of autocast; None for float32.
+        optimizer: Its name.
+        averaged: Whether a moving average of the weights is kept.
     """
     with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for p in ReformerLMForCausalLM(config).parameters())
+        model = ReformerLMForCausalLM(config)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = state_bytes(model, optimizer) + (weights if averaged else 0)
     # The last layer is not like the others, so one layer tells nothing of many: two and three do.
     depth = config.num_hidden_layers
     shallow = min(depth, 2)
@@ -132,7 +141,7 @@ def estimate_memory(
         activations += (longer - activations) * (tokens - short) // short
         per_layer = per_layer * tokens // short
     activations += per_layer * (depth - shallow)
-    return MemoryEstimate(weights, weights, MOMENTS * weights, max(0, activations))
+    return MemoryEstimate(weights, weights, kept, max(0, activations))
 
 
 def _activations(

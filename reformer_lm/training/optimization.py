@@ -89,6 +89,37 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     return decayed, spared
 
 
+def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Divide the parameters that decay into those that muon moves and those that it leaves to AdamW.
+
+    The output layer is a matrix too, but its rows are looked up, as an embedding's are.
+    """
+    decayed, _ = split_by_decay(model)
+    output = getattr(getattr(model, "lm_head", None), "weight", None)
+    return [p for p in decayed if p is not output], [p for p in decayed if p is output]
+
+
+def state_bytes(model: nn.Module, kind: str) -> int:
+    """Memory that an optimizer's state takes.
+
+    Args:
+        model: Of which only shapes matter; it may be on the meta device.
+        kind: One of `OPTIMIZERS`.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes = {id(parameter): parameter.numel() * parameter.element_size() for parameter in trained}
+    if kind == "adafactor":
+        # A row and a column for each matrix; as much as the parameter itself for the others.
+        return sum(
+            sizes[id(p)] if p.dim() < 2 else p.element_size() * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2])
+            for p in trained
+        )
+    once = {id(parameter) for parameter in split_for_muon(model)[0]} if kind == "muon" else set()
+    if kind == "sgd":
+        once = set(sizes)
+    return sum(size if key in once else 2 * size for key, size in sizes.items())
+
+
 def build_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, kind: str = "adamw"
 ) -> torch.optim.Optimizer:
@@ -106,10 +137,7 @@ def build_optimizer(
     """
     decayed, spared = split_by_decay(model)
     if kind == "muon":
-        # The output layer is a matrix too, but its rows are looked up, as an embedding's are.
-        output = getattr(model, "lm_head", None)
-        matrices = [p for p in decayed if output is None or p is not output.weight]
-        others = [p for p in decayed if output is not None and p is output.weight]
+        matrices, others = split_for_muon(model)
         on_cpu = any(parameter.device.type == "cpu" for parameter in matrices)
         kind_of_muon = Float32Muon if on_cpu else torch.optim.Muon
         muon = kind_of_muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

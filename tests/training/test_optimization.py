@@ -16,6 +16,7 @@ from reformer_lm.training.optimization import (
     default_warmup,
     set_learning_rate,
     split_by_decay,
+    state_bytes,
 )
 
 
@@ -191,5 +192,16 @@ def test_orthogonalized_keeps_the_singular_vectors() -> None:
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     inner = left.mT @ result @ right.mT
     assert (inner - inner.diag().diag()).abs().max() < 1e-9
-    assert 0.5 < inner.diag().min() and inner.diag().max() < 1.5
+    assert inner.diag().min() > 0.5 and inner.diag().max() < 1.5
     torch.testing.assert_close(orthogonalized(matrix.mT, (3.4445, -4.7750, 2.0315), 5, 1e-7), result.mT)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_state_is_as_large_as_said(kind: str, tiny_config: ReformerLMConfig) -> None:
+    model = ReformerLMForCausalLM(tiny_config)
+    optimizer = build_optimizer(model, 0.01, 0.1, kind)
+    step_with(optimizer, model, 0)
+    tensors = [x for entry in optimizer.state_dict()["state"].values() for x in entry.values()]
+    # All but the counters of steps.
+    size = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor) and x.dim())
+    assert size == state_bytes(model, kind)
