@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from transformers import PretrainedConfig
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
@@ -61,12 +62,17 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     tokenizer = start.tokenizer
     source = choose_model(request.config_file, "model_config" in request.given, start.folder, tokenizer)
     length = _window_length(arguments, source)
+    if arguments.separate_articles and not isinstance(source.config, ReformerLMConfig):
+        raise InputError(
+            f"--separate_articles: a {source.config.model_type} cannot keep articles in one window apart; "
+            "give --pad_articles"
+        )
     accelerator = create_accelerator(
         device,
         fp16=arguments.fp16,
         bf16=arguments.bf16,
         fsdp=arguments.fsdp,
-        layer_dropout=source.config.layer_dropout,
+        layer_dropout=getattr(source.config, "layer_dropout", 0.0),
     )
     mixed = arguments.fp16 or arguments.bf16
     if arguments.estimate:
@@ -148,7 +154,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
             return _finish(request, given, loop, reporter, stop)
 
 
-def _print_estimate(arguments: TrainingArguments, config: ReformerLMConfig, length: int, device: torch.device) -> None:
+def _print_estimate(arguments: TrainingArguments, config: PretrainedConfig, length: int, device: torch.device) -> None:
     precision = torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 else None
     with explained_out_of_memory(config, arguments.batch_size, length, precision is not None):
         estimate = estimate_memory(
@@ -190,7 +196,7 @@ def _plan(
 
 
 def _window_length(arguments: TrainingArguments, source: ModelSource) -> int:
-    longest = source.config.max_position_embeddings
+    longest = int(source.config.max_position_embeddings)
     if arguments.max_seq_len is None:
         return longest
     if arguments.max_seq_len > longest:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
+from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.batches import article_numbers
 from reformer_lm.training.parallel import Processes
 
@@ -70,6 +71,8 @@ def validate(
     count, rank = (processes.count, processes.rank) if processes else (1, 0)
     groups = _groups(windows, batch_size)
     total = 0.0
+    # Ours need not form logits to know the loss.
+    options = {"skip_logits": True} if isinstance(model, ReformerLMForCausalLM) else {}
     try:
         # FSDP2 gathers parameters while the model runs, which inference mode would forbid.
         with torch.inference_mode() if count == 1 else torch.no_grad():
@@ -82,7 +85,9 @@ def validate(
                 batch = torch.stack([windows[index] for index in groups[min(number, len(groups) - 1)]]).to(device)
                 articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
                 # Divided by 1: the sum, which is added up in double precision.
-                output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True, **articles)
+                output = model(
+                    input_ids=batch, labels=batch, num_items_in_batch=1, use_cache=False, **options, **articles
+                )
                 if number < len(groups):
                     total += float(output.loss)
     finally:

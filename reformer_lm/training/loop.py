@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.errors import InputError
@@ -95,7 +95,7 @@ class TrainingLoop:
         self,
         *,
         accelerator: Accelerator,
-        model: ReformerLMForCausalLM,
+        model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerFast,
         windows: Windows,
@@ -130,7 +130,7 @@ class TrainingLoop:
         self.stop = stop
         self.options = options
         # Articles are told apart by the token they begin with. One that was read alone in training is to be judged so.
-        separate = settings.separate_articles or settings.pad_articles
+        separate = settings.separate_articles or (settings.pad_articles and isinstance(model, ReformerLMForCausalLM))
         self.begin_token: int | None = tokenizer.bos_token_id if separate else None
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
         self.runner = StepRunner(

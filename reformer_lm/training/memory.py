@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
-from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.optimization import state_bytes
 
 # Steps of up to this many tokens are taken in full length.
@@ -103,7 +103,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def estimate_memory(
-    config: ReformerLMConfig,
+    config: PretrainedConfig,
     batch_size: int,
     tokens: int,
     device: torch.device,
@@ -125,7 +125,7 @@ def estimate_memory(
         averaged: Whether a moving average of the weights is kept.
     """
     with torch.device("meta"):
-        model = ReformerLMForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = state_bytes(model, optimizer) + (weights if averaged else 0)
     # The last layer is not like the others, so one layer tells nothing of many: two and three do.
@@ -145,7 +145,7 @@ def estimate_memory(
 
 
 def _activations(
-    config: ReformerLMConfig,
+    config: PretrainedConfig,
     layers: int,
     batch_size: int,
     tokens: int,
@@ -158,7 +158,7 @@ def _activations(
     a little too much: early in the backward pass, where the peak may be, most of them do not exist yet.
     """
     random = torch.get_rng_state()
-    model = ReformerLMForCausalLM(_with_layers(config, layers)).to(device).train()
+    model = AutoModelForCausalLM.from_config(_with_layers(config, layers)).to(device).train()
     torch.set_rng_state(random)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -168,7 +168,7 @@ def _activations(
 
     def step(tokens: int | None = None) -> None:
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-            loss = model(batch[:, :tokens], labels=batch[:, :tokens]).loss
+            loss = model(batch[:, :tokens], labels=batch[:, :tokens], use_cache=False).loss
         loss.backward()
 
     # What is made once (masks, compiled kernels, libraries' workspaces) is no part of a step.
@@ -187,9 +187,14 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _with_layers(config: ReformerLMConfig, layers: int) -> ReformerLMConfig:
+def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The configuration of a shallower model."""
     settings = copy.deepcopy(config.to_dict())
+    if not isinstance(config, ReformerLMConfig):
+        # Some list what each layer is.
+        settings.pop("layer_types", None)
+        name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        return type(config).from_dict({**settings, name: layers})
     for name in ("num_local_heads", "num_shifted_heads"):
         if isinstance(settings[name], list):
             # Not the first layers, which may all be local: the most LSH heads take the most.
@@ -214,7 +219,7 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def explained_out_of_memory(
-    config: ReformerLMConfig, batch_size: int, tokens: int, mixed_precision: bool
+    config: PretrainedConfig, batch_size: int, tokens: int, mixed_precision: bool
 ) -> Iterator[None]:
     """Turns an out-of-memory error into one that says what to change.
 
@@ -243,17 +248,18 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def advice(config: ReformerLMConfig, batch_size: int, tokens: int, mixed_precision: bool) -> str:
+def advice(config: PretrainedConfig, batch_size: int, tokens: int, mixed_precision: bool) -> str:
     """What would take less memory, the cheapest first."""
     ways = []
     if batch_size > 1:
         ways.append("a smaller --batch_size with a larger --gradient_accumulation")
-    if config.reversible != "full" or tokens <= config.reversible_threshold:
-        ways.append('"reversible": "full" and "reversible_threshold": 0 in the model configuration')
-    if not config.ff_chunk_size or config.ff_chunk_size > tokens // 4:
-        ways.append(f'"ff_chunk_size": {max(1, tokens // 8)}')
-    if config.attn_chunks < config.num_attention_heads:
-        ways.append(f'"attn_chunks": {config.num_attention_heads}')
+    if isinstance(config, ReformerLMConfig):
+        if config.reversible != "full" or tokens <= config.reversible_threshold:
+            ways.append('"reversible": "full" and "reversible_threshold": 0 in the model configuration')
+        if not config.ff_chunk_size or config.ff_chunk_size > tokens // 4:
+            ways.append(f'"ff_chunk_size": {max(1, tokens // 8)}')
+        if config.attn_chunks < config.num_attention_heads:
+            ways.append(f'"attn_chunks": {config.num_attention_heads}')
     if not mixed_precision:
         ways.append("--bf16")
     ways.append("a smaller --max_seq_len")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shutil
@@ -14,32 +13,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
-from reformer_lm.command_line import nearest_name
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.training.arguments import FIELDS
 from reformer_lm.training.config_files import ConfigFile
+from reformer_lm.training.model_configs import build_config, model_keys, one_line
 
 WEIGHTS_NAME = "model.safetensors"
-
-# What GPT-2's configurations, GPT2-Chinese's among them, call our fields.
-GPT2_NAMES = {
-    "n_ctx": "max_position_embeddings",
-    "n_positions": "max_position_embeddings",
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "activation_function": "ff_activation",
-    "embd_pdrop": "hidden_dropout_prob",
-    "resid_pdrop": "hidden_dropout_prob",
-    "attn_pdrop": "attention_dropout",
-}
 
 # Sampling that suits a small model, for any tool that reads the saved folder; predict.py has its own flags.
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 40, "top_p": 0.95}
@@ -54,58 +43,8 @@ class ModelSource:
         folder: Of the weights; None for a new model.
     """
 
-    config: ReformerLMConfig
+    config: PretrainedConfig
     folder: Path | None
-
-
-def model_keys() -> tuple[set[str], set[str]]:
-    """The keys a configuration may have: the model's own, and those that every transformers model has."""
-    own = set(inspect.signature(ReformerLMConfig.__init__).parameters) - {"self", "kwargs"}
-    inherited = set(ReformerLMConfig().to_dict()) - own
-    return own, inherited | {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"}
-
-
-def build_config(settings: Mapping[str, Any], origin: str, tokenizer: PreTrainedTokenizerFast) -> ReformerLMConfig:
-    """Make a model's configuration from a file's settings and the tokenizer's size and special tokens.
-
-    Args:
-        settings: The model part of a configuration file, or a saved config.json.
-        origin: The file's name, for messages.
-        tokenizer: Gives the vocabulary's size and the ids of bos, eos and pad.
-
-    Raises:
-        InputError: On an unknown key, an impossible combination, or a vocabulary of another size.
-    """
-    own, inherited = model_keys()
-    for key in settings:
-        if key not in own | inherited:
-            raise InputError(f"{origin}: unknown model key {key!r}; {_what_was_meant(key, own)}")
-    model_type = settings.get("model_type", ReformerLMConfig.model_type)
-    if model_type != ReformerLMConfig.model_type:
-        raise InputError(f"{origin}: this describes a {model_type!r} model, not a {ReformerLMConfig.model_type!r}")
-    vocabulary_size = settings.get("vocab_size", len(tokenizer))
-    if vocabulary_size != len(tokenizer):
-        raise InputError(
-            f"{origin}: vocab_size is {vocabulary_size}, but the tokenizer has {len(tokenizer)} tokens; "
-            "leave vocab_size out, or give the matching --tokenizer_path"
-        )
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    try:
-        return ReformerLMConfig(**{**settings, "vocab_size": len(tokenizer), **special})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{origin}: {_one_line(error)}") from None
-
-
-def _what_was_meant(key: str, own: set[str]) -> str:
-    if key in GPT2_NAMES:
-        return f"here it is called {GPT2_NAMES[key]!r}"
-    if key in FIELDS:
-        return f'{key!r} is a training option: put it into a part "training", beside a part "model"'
-    return f"did you mean {nearest_name(key, sorted(own))!r}?"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def choose_model(
@@ -138,7 +77,11 @@ def choose_model(
         )
     saved = build_config(saved_settings, str(folder / "config.json"), tokenizer)
     config = build_config(settings, origin, tokenizer) if config_is_given else saved
-    _compare_shapes(folder, config, saved, origin)
+    if isinstance(saved, ReformerLMConfig) and isinstance(config, ReformerLMConfig):
+        # Of others, names in files and in the model may differ; loading compares them.
+        _compare_shapes(folder, config, saved, origin)
+    elif config.model_type != saved.model_type:
+        raise InputError(f"{folder}: this is a {saved.model_type} model, but {origin} describes a {config.model_type}")
     return ModelSource(config, folder)
 
 
@@ -149,7 +92,7 @@ def _read_saved_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({_one_line(error)}); give a folder that training wrote") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); give a folder that training wrote") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: is no model's configuration; give a folder that training wrote")
     return settings
@@ -161,7 +104,7 @@ def _compare_shapes(folder: Path, config: ReformerLMConfig, saved: ReformerLMCon
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({_one_line(error)}); give a folder that training wrote") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); give a folder that training wrote") from None
     # The meta device knows shapes and spends no memory.
     with torch.device("meta"):
         model = ReformerLMForCausalLM(config)
@@ -189,7 +132,7 @@ def _difference(config: ReformerLMConfig, saved: ReformerLMConfig) -> str:
     return f" ({', '.join(described[:3])})" if described else ""
 
 
-def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> ReformerLMForCausalLM:
+def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build the model, in float32, on the CPU.
 
     Args:
@@ -197,18 +140,24 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> Refor
         tokenizer: Its special tokens go into the generation settings that are saved with the model.
 
     Raises:
-        InputError: If the weights cannot be read.
+        InputError: If the weights cannot be read, or are not all there.
     """
     if source.folder is None:
-        model = ReformerLMForCausalLM(source.config)
+        model = AutoModelForCausalLM.from_config(source.config)
     else:
         try:
             with _no_progress_bars():
-                model = ReformerLMForCausalLM.from_pretrained(
-                    source.folder, config=source.config, dtype=torch.float32, local_files_only=True
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    source.folder,
+                    config=source.config,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{source.folder}: the model cannot be loaded ({_one_line(error)[:200]})") from None
+            raise InputError(f"{source.folder}: the model cannot be loaded ({one_line(error)[:200]})") from None
+        _require_all(source.folder, found)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -218,7 +167,15 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> Refor
     return model
 
 
-def train_only(model: ReformerLMForCausalLM, pattern: str | None) -> None:
+def _require_all(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would have filled up with random ones."""
+    for key, problem in (("mismatched_keys", "has another shape"), ("missing_keys", "is missing")):
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in found.get(key, ()))
+        if names:
+            raise InputError(f"{folder}: {names[0]} {problem} there ({len(names)} such tensors); give a whole model")
+
+
+def train_only(model: PreTrainedModel, pattern: str | None) -> None:
     """Freeze all parameters whose names do not match.
 
     Args:
@@ -238,8 +195,8 @@ def train_only(model: ReformerLMForCausalLM, pattern: str | None) -> None:
         parameter.requires_grad_(expression.search(name) is not None)
 
 
-def compile_layers(model: ReformerLMForCausalLM) -> None:
-    """Let torch.compile fuse activation, gate and dropout of the feed-forward blocks, in place.
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse activation, gate and dropout of our feed-forward blocks, or another model whole, in place.
 
     Args:
         model: On its device.
@@ -251,14 +208,17 @@ def compile_layers(model: ReformerLMForCausalLM) -> None:
         torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=model.device))
     # The compiler's backends have many ways to fail: no C++ compiler, no Triton, a driver that is too old.
     except Exception as error:
-        raise InputError(f"--compile: torch cannot compile here ({_one_line(error)[:200]}); leave it out") from None
+        raise InputError(f"--compile: torch cannot compile here ({one_line(error)[:200]}); leave it out") from None
+    if not isinstance(model, ReformerLMForCausalLM):
+        model.compile()
+        return
     for layer in model.reformer.stack.layers:
         layer.feed_forward._piece = torch.compile(layer.feed_forward._piece)
 
 
 def save_model(
     folder: Path,
-    model: ReformerLMForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
@@ -272,7 +232,7 @@ def save_model(
     """
     if weights is not None:
         # Tied parameters are saved once.
-        tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
         weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     with _no_progress_bars():
         model.save_pretrained(folder, state_dict=weights)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from reformer_lm.training.muon import Float32Muon
 
@@ -81,7 +82,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     Returns:
         (decayed, spared), each parameter once, in the order of ``model.parameters()``.
     """
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    # Conv1D is GPT-2's linear layer.
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
     matrices -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if id(parameter) in matrices]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from reformer_lm.model import ReformerLMForCausalLM
+from transformers import PreTrainedModel
 
 # The main process tokenises while the others wait.
 PATIENCE = datetime.timedelta(hours=12)
@@ -41,16 +40,22 @@ def process_options(layer_dropout: float) -> list[KwargsHandler]:
     ]
 
 
-def shard(model: ReformerLMForCausalLM) -> None:
+def shard(model: PreTrainedModel) -> None:
     """Distribute a model's parameters over all processes, layer by layer, in place (FSDP2).
 
     Args:
         model: On its device, the same in every process.
     """
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    for layer in model.reformer.stack.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """A model's layers, by what its class says must not be split."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 class Processes:

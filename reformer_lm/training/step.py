@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from transformers import PreTrainedModel
 
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.averaging import WeightAverage
@@ -54,7 +55,7 @@ class StepRunner:
         *,
         processes: Processes,
         model: nn.Module,
-        bare_model: ReformerLMForCausalLM,
+        bare_model: PreTrainedModel,
         optimizer: AcceleratedOptimizer,
         batches: BatchMaker,
         max_grad_norm: float,
@@ -86,12 +87,14 @@ class StepRunner:
         set_learning_rate(self.optimizer, rate)
         loss = torch.zeros((), device=self.accelerator.device)
         for place, (batch, _) in enumerate(made, start=1):
-            # Rotations that change with the step must be the same in all of its batches.
-            self.bare_model.reformer.hash_step = number
+            if isinstance(self.bare_model, ReformerLMForCausalLM):
+                # Rotations that change with the step must be the same in all of its batches.
+                self.bare_model.reformer.hash_step = number
             batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
             with self.processes.gradients(self.model, complete=place == len(made)):
                 with self.accelerator.autocast():
-                    output = self.model(**batch, num_items_in_batch=tokens)
+                    # Nothing is generated here, so no model needs to remember keys.
+                    output = self.model(**batch, num_items_in_batch=tokens, use_cache=False)
                 # DistributedDataParallel and FSDP2 divide the sum of all processes' gradients by their number.
                 self.accelerator.backward(output.loss * self.processes.count)
             loss += output.loss.detach()
