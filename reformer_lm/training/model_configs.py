@@ -79,6 +79,10 @@ def _model_type(settings: Mapping[str, Any]) -> str:
     return str(settings.get("model_type", ReformerLMConfig.model_type))
 
 
+# Keys that older versions of transformers wrote, and nobody reads any more.
+_OF_OLDER_VERSIONS = ("n_ctx", "output_past", "task_specific_params", "gradient_checkpointing")
+
+
 def _other_kind(model_type: str, origin: str) -> tuple[type[PretrainedConfig], set[str], set[str]]:
     """Class and keys of a configuration of transformers'."""
     known = [ReformerLMConfig.model_type, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
@@ -91,7 +95,7 @@ def _other_kind(model_type: str, origin: str) -> tuple[type[PretrainedConfig], s
     # GPT-2's n_embd is also known as hidden_size, and so on. Keys of older versions may come with a saved model.
     own = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"} | set(kind.attribute_map)
     own |= set(kind().to_dict())
-    return kind, own, {"torch_dtype", "n_ctx", "bos_token_id", "eos_token_id", "pad_token_id"}
+    return kind, own, {"torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", *_OF_OLDER_VERSIONS}
 
 
 def _what_was_meant(key: str, own: set[str]) -> str:
