@@ -51,7 +51,7 @@ def test_every_key_of_a_saved_config_is_known(tokenizer: PreTrainedTokenizerFast
         ({"hiden_size": 8}, "unknown model key 'hiden_size'; did you mean 'hidden_size'?"),
         ({"n_embd": 8}, "unknown model key 'n_embd'; here it is called 'hidden_size'"),
         ({"batch_size": 8}, "'batch_size' is a training option: put it into a part \"training\""),
-        ({"model_type": "gpt2"}, "this describes a 'gpt2' model"),
+        ({"model_type": "gpt5"}, "no causal language model of model_type 'gpt5'"),
         ({"vocab_size": 3}, "vocab_size is 3, but the tokenizer has"),
         ({"num_attention_heads": 3}, "hidden_size"),
         ({"hidden_size": "wide"}, "hidden_size"),

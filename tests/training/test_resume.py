@@ -43,7 +43,7 @@ def assert_same_run(one: str, other: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     our_state, their_state = load_state(Path(one)), load_state(Path(other))
     assert our_state["progress"] == their_state["progress"]
-    assert torch.equal(our_state["random"]["torch"], their_state["random"]["torch"])
+    assert torch.equal(our_state["random"][0]["torch"], their_state["random"][0]["torch"])
     for key, entry in our_state["optimizer"]["state"].items():
         assert all(torch.equal(entry[name], their_state["optimizer"]["state"][key][name]) for name in entry)
 
@@ -59,7 +59,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line.startswith(f"stopped and saved at step {step}; continue with: ")
-    assert [path.name for path in Path("broken off/checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert max(path.name for path in Path("broken off/checkpoints").iterdir()) == f"step-{step:08d}"
 
     # What the process did in between must not matter.
     seed_everything(123)
@@ -192,7 +192,9 @@ def test_restored_from_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--save_every", "1", "--save_total_limit", "10"]) == 0
     shutil.copytree("model", "other")
     # A step of the run itself: what came after it goes with the first save.
-    assert main([*RUN, "--restore", "model/checkpoints/step-00000002", "--max_steps", "3"]) == 0
+    assert (
+        main([*RUN, "--restore", "model/checkpoints/step-00000002", "--max_steps", "3", "--save_total_limit", "9"]) == 0
+    )
     assert [path.name[-1] for path in sorted(Path("model/checkpoints").iterdir())] == ["1", "2", "3"]
     # Another run's: it takes the place of the one that was here.
     assert main([*RUN, "--restore", "other/checkpoints/step-00000004"]) == 0
