@@ -24,7 +24,8 @@ ALLOWED = {
     "corpus": {"text"},
     "scoring": {"model", "text"},
     "generation": {"text", "cache"},
-    "training": {"config", "model", "text", "corpus", "generation", "command_line"},
+    # training compiles the feed-forward blocks one by one.
+    "training": {"config", "layers", "model", "text", "corpus", "generation", "command_line"},
     "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "command_line"},
     "__init__": {"cache", "config", "layers", "model", "wrapper"},
 }

@@ -25,6 +25,10 @@ class Windows(Protocol):
     def length(self) -> int:
         """Tokens of the longest one."""
 
+    @property
+    def stride(self) -> int:
+        """Tokens from the start of one to the start of the next."""
+
     def __len__(self) -> int:
         """Number of windows."""
 

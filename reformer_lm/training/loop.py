@@ -114,7 +114,8 @@ class TrainingLoop:
         self.bare_model = model
         self.model: torch.nn.Module
         self.optimizer: AcceleratedOptimizer
-        if isinstance(model, FSDPModule):
+        self.is_sharded = isinstance(model, FSDPModule)
+        if self.is_sharded:
             self.model, self.optimizer = model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -352,7 +353,7 @@ class TrainingLoop:
             "options": self.options,
         }
         weights: dict[str, torch.Tensor] | None = None
-        if isinstance(self.bare_model, FSDPModule):
+        if self.is_sharded:
             with self._averaged():
                 weights = self.processes.whole(self.bare_model.state_dict())
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
+from reformer_lm.layers import FeedForward
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.config_files import ConfigFile
 from reformer_lm.training.model_configs import build_config, model_keys, one_line
@@ -212,8 +213,9 @@ def compile_layers(model: PreTrainedModel) -> None:
     if not isinstance(model, ReformerLMForCausalLM):
         model.compile()
         return
-    for layer in model.reformer.stack.layers:
-        layer.feed_forward._piece = torch.compile(layer.feed_forward._piece)
+    for block in model.modules():
+        if isinstance(block, FeedForward):
+            block._piece = torch.compile(block._piece)  # type: ignore[method-assign]
 
 
 def save_model(

@@ -187,7 +187,7 @@ class OptimizerChain(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Numbered through over all members, as if they were one."""
         state: dict[int, Any] = {}
-        groups = []
+        groups: list[dict[str, Any]] = []
         for member in self.members:
             saved, first = member.state_dict(), sum(len(group["params"]) for group in groups)
             state |= {first + number: entry for number, entry in saved["state"].items()}
