@@ -59,6 +59,10 @@ def create_accelerator(
     Raises:
         InputError: If the device cannot compute in that precision, or FSDP2 is asked for what it cannot do.
     """
+    if num_processes() > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            "WORLD_SIZE is set, but not MASTER_ADDR; start with torchrun or accelerate launch, which set both"
+        )
     if fp16 and device.type == "cpu":
         raise InputError("--fp16 needs a CUDA device; on the CPU give --bf16 or neither")
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -87,6 +87,7 @@ def test_a_run_from_text_to_model(run: Run) -> None:
 
     names = {path.name for path in Path("model").iterdir()}
     assert names == {
+        "best",
         "checkpoints",
         "config.json",
         "generation_config.json",

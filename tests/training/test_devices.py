@@ -63,7 +63,8 @@ def test_half_precision_needs_cuda() -> None:
         create_accelerator(torch.device("cpu"), fp16=True)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process"):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="not MASTER_ADDR; start with torchrun"):
         create_accelerator(torch.device("cpu"))
