@@ -52,6 +52,11 @@ for line in sys.stdin:
 """
 
 
+def environment() -> dict[str, str]:
+    """For programs that run elsewhere and import this package."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+
 class KillableRuns:
     """Starts train_reformer.py's main in processes of their own, one after the other.
 
@@ -62,8 +67,9 @@ class KillableRuns:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log.txt"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", FORKING], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", FORKING],
+            cwd=folder, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self._child: int | None = None
 
     def __enter__(self) -> KillableRuns:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import KillableRuns
+from killed_runs import KillableRuns, environment
 from safetensors.torch import load_file
 
 from reformer_lm.training.checkpoints import CheckpointStore, load_state
@@ -120,13 +122,11 @@ def limited(self, **options):
 loop.TrainingLoop._save = limited
 sys.exit(main(sys.argv[1:]))
 """
-    import subprocess
-    import sys
-
     run = [*RUN, "--epochs", "100", "--output_dir", "model"]
     full = subprocess.run(
-        [sys.executable, "-c", program, *run, "--max_steps", "3"], cwd=workplace, capture_output=True, text=True
-    )
+        [sys.executable, "-c", program, *run, "--max_steps", "3"],
+        cwd=workplace, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
     assert full.returncode == 2, full.stderr
     notes = [line for line in full.stderr.splitlines() if "cannot be saved" in line]
     assert notes[0].startswith("note: ") and notes[0].endswith("training goes on")
