@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.training.batches import article_numbers
+from reformer_lm.training.occupancy import BucketSizes, record_bucket_sizes
 
 SAMPLE_TOKENS = 48
 
@@ -23,10 +25,12 @@ class Validation:
     Attributes:
         loss: Mean over the tokens, in nats.
         tokens: How many were scored.
+        buckets: By layer, how many hash buckets held how many tokens of the first window (see `record_bucket_sizes`).
     """
 
     loss: float
     tokens: int
+    buckets: Mapping[int, BucketSizes] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -63,19 +67,21 @@ def validate(
     was_training = model.training
     model.eval()
     total = 0.0
+    buckets: Mapping[int, BucketSizes] = {}
     try:
         with torch.inference_mode():
-            for batch in _batches(windows, batch_size):
+            for number, batch in enumerate(_batches(windows, batch_size)):
                 if should_stop():
                     return None
                 batch = batch.to(device)
                 articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
-                # Divided by 1: the sum, which is added up in double precision.
-                output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True, **articles)
+                with record_bucket_sizes(model) if number == 0 else nullcontext(buckets) as buckets:
+                    # Divided by 1: the sum, which is added up in double precision.
+                    output = model(input_ids=batch, labels=batch, num_items_in_batch=1, skip_logits=True, **articles)
                 total += float(output.loss)
     finally:
         model.train(was_training)
-    return Validation(total / windows.scored_tokens, windows.scored_tokens)
+    return Validation(total / windows.scored_tokens, windows.scored_tokens, buckets)
 
 
 def _batches(windows: EvaluationWindows, batch_size: int) -> Iterator[Tensor]:
