@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.corpus import EvaluationWindows, TokenWindows
+from reformer_lm.corpus import EvaluationWindows, ShardIndex, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.text import load_tokenizer, tokenizer_fingerprint
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
@@ -29,7 +29,11 @@ from reformer_lm.training.memory import advice, estimate_memory, explained_out_o
 from reformer_lm.training.models import ModelSource, choose_model, load_model
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer, default_warmup
 from reformer_lm.training.reporting import Reporter
+from reformer_lm.training.run_folder import RunFolder, describe_start, resolved_settings, settings_text
 from reformer_lm.training.state import DataIdentity, Progress, seed_everything
+
+# What accelerate's names for it mean.
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +66,10 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     source = choose_model(request.config_file, config_is_given, folder, tokenizer)
     length = _window_length(arguments, source)
     mixed = arguments.fp16 or arguments.bf16
+    if arguments.print_config:
+        if accelerator.is_main_process:
+            print(settings_text(resolved_settings(request, source.config)), end="")
+        return EXIT_OK
     if arguments.estimate:
         _print_estimate(arguments, source.config, length, accelerator.device)
         return EXIT_OK
@@ -69,7 +77,8 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
         require_writable_folder(path, flag)
 
     explained = explained_out_of_memory(source.config, arguments.batch_size, length, mixed)
-    with Reporter(arguments.log_step, arguments.quiet) as reporter, explained:
+    is_main = accelerator.is_main_process
+    with Reporter(arguments.log_step, arguments.quiet, is_main, arguments.report_to) as reporter, explained:
         stream, index = prepare_training_stream(request, tokenizer, reporter)
         held_out = prepare_validation_stream(request, tokenizer, reporter)
         windows = TokenWindows(stream, length, arguments.stride or length)
@@ -114,7 +123,13 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     f"{arguments.output_dir} holds an earlier run, which the first checkpoint of this one "
                     "replaces; --resume would continue it instead"
                 )
-            reporter.start(loop.progress.step, schedule.total_steps, arguments.writer_dir)
+            reporter.start(
+                loop.progress.step,
+                schedule.total_steps,
+                arguments.writer_dir,
+                folder=_run_folder(request, given, source.config, loop, index),
+                progress=loop.progress,
+            )
             loop.run()
             return _finish(request, given, loop, reporter, stop)
 
@@ -226,10 +241,35 @@ def _note_changes(saved: dict[str, Any], arguments: TrainingArguments, reporter:
             reporter.warn(f"--{name} was {saved[name]} before, now {getattr(arguments, name)}")
 
 
+def _run_folder(
+    request: RunRequest, given: Sequence[str], config: ReformerLMConfig, loop: TrainingLoop, index: ShardIndex
+) -> RunFolder:
+    start = describe_start(
+        given,
+        loop.accelerator.device,
+        loop.progress.step,
+        {
+            "parameters": sum(parameter.numel() for parameter in loop.bare_model.parameters()),
+            "precision": PRECISIONS[loop.accelerator.mixed_precision],
+            "processes": loop.accelerator.num_processes,
+            "data": {
+                **{source.path: f"sha256 {source.sha256}" for source in index.sources},
+                "articles": index.num_articles,
+                "tokens": index.num_tokens,
+                "windows": len(loop.windows),
+                "window_tokens": loop.windows.length,
+                "stride": loop.windows.stride,
+            },
+        },
+    )
+    settings = resolved_settings(request, config)
+    return RunFolder(Path(request.arguments.output_dir), settings, start, is_resumed=request.arguments.resume)
+
+
 def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -> None:
     arguments, windows, plan, schedule = request.arguments, loop.windows, loop.plan, loop.schedule
     parameters = sum(parameter.numel() for parameter in loop.bare_model.parameters())
-    precision = {"no": "float32", "bf16": "bfloat16 mixed", "fp16": "float16 mixed"}[loop.accelerator.mixed_precision]
+    precision = PRECISIONS[loop.accelerator.mixed_precision]
     config = loop.bare_model.config
     origin = request.config_file.path if request.config_file else "the built-in configuration"
     reporter.line(f"device: {describe_device(loop.accelerator.device)}, {precision}")

@@ -14,6 +14,7 @@ PROMISED = """
     warmup_steps log_step stride gradient_accumulation fp16 max_grad_norm num_pieces min_length
     output_dir pretrained_model writer_dir segment bpe_token device bf16 max_steps max_seq_len seed
     eval_every save_every sample_every resume val_data_path lr_schedule weight_decay quiet
+    report_to print_config
 """.split()
 
 
