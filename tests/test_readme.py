@@ -121,6 +121,8 @@ def test_every_key_is_documented_with_its_meaning() -> None:
     training_keys = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert documented[0] == model_keys
     assert documented[1] == training_keys - set(COMMAND_LINE_ONLY)
+    flags_only = page.split("are flags only")[0].splitlines()[-1]
+    assert set(re.findall(r"`--(\w+)`", flags_only)) == set(COMMAND_LINE_ONLY)
     docstring = inspect.getdoc(ReformerLMConfig) or ""
     assert not [key for key in model_keys if f"{key}:" not in docstring and key != "use_cache"]
 

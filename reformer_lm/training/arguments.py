@@ -19,12 +19,13 @@ from reformer_lm.command_line import CommandLineParser, nearest_name
 from reformer_lm.errors import InputError
 from reformer_lm.training.config_files import ConfigFile, read_config
 from reformer_lm.training.optimization import OPTIMIZERS, SCHEDULES
+from reformer_lm.training.trackers import TENSORBOARD, complaint_about
 
 DEFAULT_MODEL_CONFIG = "configs/tiny.json"
 DEFAULT_VALIDATION = "data/val.json"
 
 # Options that say how to start, not what to train: they make no sense in a configuration file.
-COMMAND_LINE_ONLY = ("model_config", "resume", "restore", "estimate")
+COMMAND_LINE_ONLY = ("model_config", "resume", "restore", "estimate", "print_config")
 
 Check = Callable[[Any], str | None]
 
@@ -132,6 +133,10 @@ class TrainingArguments:
         None, str, "latest (resume, or start if there is nothing), fresh, or a checkpoint's folder to go on from"
     )
     estimate: bool = _option(False, bool, "say how much memory a step would take, and train nothing")
+    report_to: tuple[str, ...] = _option(
+        (TENSORBOARD,), tuple, "trackers, by accelerate's names, such as tensorboard wandb; or none", complaint_about
+    )
+    print_config: bool = _option(False, bool, "print the run's settings as a file for --model_config, train nothing")
     quiet: bool = _option(False, bool, "print only validation and the result")
 
 
@@ -168,9 +173,12 @@ def build_parser() -> CommandLineParser:
             parser.add_argument(f"--{name}", action="store_true", help=option.metadata["help"])
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         else:
-            default = "" if option.default is None else f" ({option.default})"
+            is_list = option.metadata["kind"] is tuple
+            shown: Any = option.default
+            default = "" if shown is None else f" ({' '.join(shown) if is_list else shown})"
             help_text = (option.metadata["help"] + default).replace("%", "%%")
-            parser.add_argument(f"--{name}", metavar=option.metadata["kind"].__name__.upper(), help=help_text)
+            metavar = "NAME" if is_list else option.metadata["kind"].__name__.upper()
+            parser.add_argument(f"--{name}", metavar=metavar, help=help_text, nargs="+" if is_list else None)
     return parser
 
 
@@ -240,7 +248,8 @@ def _checked(name: str, value: Any, origin: str) -> Any:
     for check in metadata["checks"]:
         complaint = check(converted)
         if complaint:
-            raise InputError(f"{origin} is {value}; {complaint}")
+            shown = " ".join(converted) if isinstance(converted, tuple) else value
+            raise InputError(f"{origin} is {shown}; {complaint}")
     return converted
 
 
@@ -249,6 +258,11 @@ def _convert(value: Any, kind: type, origin: str) -> Any:
         if isinstance(value, kind):
             return value
         raise InputError(f"{origin} is {value!r}; it must be {'true or false' if kind is bool else 'a string'}")
+    if kind is tuple:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        raise InputError(f"{origin} is {value!r}; it must be a list of names")
     wanted = "a whole number" if kind is int else "a number"
     # JSON's true is Python's 1; a float would be cut off silently; a number in quotes in a file is a slip.
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):

@@ -7,13 +7,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.corpus import EvaluationWindows, TokenWindows
+from reformer_lm.corpus import EvaluationWindows, ShardIndex, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
 from reformer_lm.training.batches import TrainingPlan
@@ -28,8 +29,12 @@ from reformer_lm.training.models import ModelSource, choose_model, compile_layer
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer, default_warmup
 from reformer_lm.training.parallel import shard
 from reformer_lm.training.reporting import Reporter
-from reformer_lm.training.starts import choose_start, note_changes
+from reformer_lm.training.run_folder import RunFolder, describe_start, resolved_settings, settings_text
+from reformer_lm.training.starts import Start, choose_start, note_changes
 from reformer_lm.training.state import DataIdentity, Progress, seed_everything
+
+# What accelerate's names for it mean.
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +80,10 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
         layer_dropout=getattr(source.config, "layer_dropout", 0.0),
     )
     mixed = arguments.fp16 or arguments.bf16
+    if arguments.print_config:
+        if accelerator.is_main_process:
+            print(settings_text(resolved_settings(request, source.config)), end="")
+        return EXIT_OK
     if arguments.estimate:
         _print_estimate(arguments, source.config, length, accelerator.device)
         return EXIT_OK
@@ -83,7 +92,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
 
     is_main = accelerator.is_main_process
     explained = explained_out_of_memory(source.config, arguments.batch_size, length, mixed)
-    with Reporter(arguments.log_step, arguments.quiet, is_main=is_main) as reporter, explained:
+    with Reporter(arguments.log_step, arguments.quiet, is_main, arguments.report_to) as reporter, explained:
         # The main process tokenises, and the others find it done.
         with accelerator.main_process_first():
             stream, index = prepare_training_stream(request, tokenizer, reporter)
@@ -149,7 +158,13 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     f"{arguments.output_dir} holds an earlier run, which the first checkpoint of this one "
                     "replaces; --resume would continue it instead"
                 )
-            reporter.start(loop.progress.step, schedule.total_steps, arguments.writer_dir)
+            reporter.start(
+                loop.progress.step,
+                schedule.total_steps,
+                arguments.writer_dir,
+                folder=_run_folder(request, given, start, source.config, loop, index),
+                progress=loop.progress,
+            )
             loop.run()
             return _finish(request, given, loop, reporter, stop)
 
@@ -207,10 +222,42 @@ def _window_length(arguments: TrainingArguments, source: ModelSource) -> int:
     return arguments.max_seq_len
 
 
+def _run_folder(
+    request: RunRequest,
+    given: Sequence[str],
+    start: Start,
+    config: PretrainedConfig,
+    loop: TrainingLoop,
+    index: ShardIndex,
+) -> RunFolder:
+    description = describe_start(
+        given,
+        loop.accelerator.device,
+        loop.progress.step,
+        {
+            "parameters": sum(parameter.numel() for parameter in loop.bare_model.parameters()),
+            "precision": PRECISIONS[loop.accelerator.mixed_precision],
+            "processes": loop.accelerator.num_processes,
+            "data": {
+                **{source.path: f"sha256 {source.sha256}" for source in index.sources},
+                "articles": index.num_articles,
+                "tokens": index.num_tokens,
+                "windows": len(loop.windows),
+                "window_tokens": loop.windows.length,
+                "stride": loop.windows.stride,
+            },
+        },
+    )
+    # A run restored from another folder has nothing behind it in this one.
+    is_resumed = start.continues and start.replace_beyond != 0
+    settings = resolved_settings(request, config)
+    return RunFolder(Path(request.arguments.output_dir), settings, description, is_resumed=is_resumed)
+
+
 def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -> None:
     arguments, windows, plan, schedule = request.arguments, loop.windows, loop.plan, loop.schedule
     parameters = sum(parameter.numel() for parameter in loop.bare_model.parameters())
-    precision = {"no": "float32", "bf16": "bfloat16 mixed", "fp16": "float16 mixed"}[loop.accelerator.mixed_precision]
+    precision = PRECISIONS[loop.accelerator.mixed_precision]
     config = loop.bare_model.config
     origin = request.config_file.path if request.config_file else "the built-in configuration"
     reporter.line(f"device: {describe_device(loop.accelerator.device)}, {precision}")

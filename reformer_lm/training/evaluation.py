@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.batches import article_numbers
+from reformer_lm.training.occupancy import BucketSizes, record_bucket_sizes
 from reformer_lm.training.parallel import Processes
 
 SAMPLE_TOKENS = 48
@@ -25,10 +27,12 @@ class Validation:
     Attributes:
         loss: Mean over the tokens, in nats.
         tokens: How many were scored.
+        buckets: By layer, how many hash buckets held how many tokens of the first window (see `record_bucket_sizes`).
     """
 
     loss: float
     tokens: int
+    buckets: Mapping[int, BucketSizes] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -71,6 +75,7 @@ def validate(
     count, rank = (processes.count, processes.rank) if processes else (1, 0)
     groups = _groups(windows, batch_size)
     total = 0.0
+    buckets: Mapping[int, BucketSizes] = {}
     # Ours need not form logits to know the loss.
     options = {"skip_logits": True} if isinstance(model, ReformerLMForCausalLM) else {}
     try:
@@ -84,17 +89,18 @@ def validate(
                 number = first + rank
                 batch = torch.stack([windows[index] for index in groups[min(number, len(groups) - 1)]]).to(device)
                 articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
-                # Divided by 1: the sum, which is added up in double precision.
-                output = model(
-                    input_ids=batch, labels=batch, num_items_in_batch=1, use_cache=False, **options, **articles
-                )
+                with record_bucket_sizes(model) if first == 0 else nullcontext(buckets) as buckets:
+                    # Divided by 1: the sum, which is added up in double precision.
+                    output = model(
+                        input_ids=batch, labels=batch, num_items_in_batch=1, use_cache=False, **options, **articles
+                    )
                 if number < len(groups):
                     total += float(output.loss)
     finally:
         model.train(was_training)
     if processes:
         total = processes.sum([total])[0]
-    return Validation(total / windows.scored_tokens, windows.scored_tokens)
+    return Validation(total / windows.scored_tokens, windows.scored_tokens, buckets)
 
 
 def _groups(windows: EvaluationWindows, batch_size: int) -> list[range]:

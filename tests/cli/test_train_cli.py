@@ -80,7 +80,8 @@ def test_a_run_from_text_to_model(run: Run) -> None:
     assert "steps: 24 in all, 6 per epoch, 64 tokens per step (4 x 1 windows)" in lines
     validations = [line for line in lines if "validation loss" in line]
     assert [line.split("  ")[0] for line in validations] == ["step 0", "step 10", "step 20", "step 24"]
-    assert all(line.endswith("(63 tokens)") for line in validations)
+    assert validations[0].endswith("(63 tokens)")
+    assert all(line.endswith("(63 tokens)  best so far") for line in validations[1:])
     first, last = (float(validations[i].split("PPL ")[1].split()[0]) for i in (0, -1))
     assert last < first / 2
     assert f"validation PPL {first} at first, {last} now" in lines
@@ -91,7 +92,11 @@ def test_a_run_from_text_to_model(run: Run) -> None:
         "checkpoints",
         "config.json",
         "generation_config.json",
+        "metrics.jsonl",
         "model.safetensors",
+        "report.html",
+        "run.json",
+        "run_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training_state.pt",
@@ -244,6 +249,7 @@ def test_bad_corpora(run: Run, flag: str, content: bytes | None, fragments: list
         (["--bpe_token"], ["--bpe_token", "byte-pair"]),
         (["--min_length", "5000"], ["--min_length"]),
         (["--resume"], ["no checkpoint in model/"]),
+        (["--report_to", "tensorbord"], ["--report_to is tensorbord", "tensorboard", "none"]),
         (["--output_dir", "vocab.txt"], ["vocab.txt: this is a file", "--output_dir"]),
         (["--output_dir", "vocab.txt/model"], ["vocab.txt/model", "cannot be written"]),
         (["--output_dir", "/proc/model"], ["/proc/model", "cannot be written"]),

@@ -15,6 +15,7 @@ PROMISED = """
     output_dir pretrained_model writer_dir segment bpe_token device bf16 max_steps max_seq_len seed
     eval_every save_every sample_every resume val_data_path lr_schedule weight_decay quiet
     init_from restore train_only optimizer noise early_stopping ema save_total_limit fsdp compile
+    report_to print_config
 """.split()
 
 
