@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -89,6 +90,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str, settings: Settings, step: int) -> None:
+        self._earlier_hook = threading.excepthook
+        threading.excepthook = self._note_error
         self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0)
         given = {name: value for name, value in settings.items() if value is not None}
         if not given:
@@ -129,7 +132,16 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._earlier_hook
+
+    def _note_error(self, arguments: threading.ExceptHookArgs) -> None:
+        """Say nothing of a full disk twice: the writer's own thread would, and then whoever writes next."""
+        written_by = type(arguments.thread).__module__
+        if not (issubclass(arguments.exc_type, OSError) and written_by.startswith("tensorboard.")):
+            self._earlier_hook(arguments)
 
 
 class TrackerOfAccelerate:
