@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from reformer_lm.command_line import CommandLineParser, nearest_name
+from reformer_lm.corpus.files import ENCODINGS
+from reformer_lm.corpus.readers import TXT_ARTICLES
 from reformer_lm.errors import InputError
 from reformer_lm.training.config_files import ConfigFile, read_config
 
@@ -40,12 +42,21 @@ def _fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "it must be from 0 to 1"
 
 
+def _not_empty(value: str) -> str | None:
+    return None if value.strip() else "it must not be empty"
+
+
+def _below_one(value: float) -> str | None:
+    return None if 0 <= value < 1 else "it must be at least 0 and less than 1"
+
+
 def _one_of(choices: Sequence[str]) -> Check:
     return lambda value: None if value in choices else f"it must be one of {', '.join(choices)}"
 
 
-def _not_blank(value: str) -> str | None:
-    return None if value.strip() else "it must be a path"
+def _not_blank(value: str | tuple[str, ...]) -> str | None:
+    names = (value,) if isinstance(value, str) else value
+    return None if names and all(name.strip() for name in names) else "it must be a path"
 
 
 def _option(default: Any, kind: type, text: str, *checks: Check) -> Any:
@@ -57,8 +68,22 @@ class TrainingArguments:
     """All options of a training run; the help texts below say what each means. None is "not given"."""
 
     raw: bool = _option(False, bool, "tokenise raw_data_path first; without it, earlier token shards are used")
-    raw_data_path: str = _option("data/train.json", str, "training corpus: .json, .jsonl or .txt", _not_blank)
-    val_data_path: str | None = _option(None, str, f"validation corpus ({DEFAULT_VALIDATION} if that exists)")
+    raw_data_path: tuple[str, ...] = _option(
+        ("data/train.json",),
+        tuple,
+        "training corpus: .json, .jsonl, .txt, .parquet, .npz, folders, patterns",
+        _not_blank,
+    )
+    val_data_path: tuple[str, ...] | None = _option(
+        None, tuple, f"validation corpus ({DEFAULT_VALIDATION} if that exists)", _not_blank
+    )
+    val_split: float = _option(0.0, float, "share of the training articles to validate with instead", _below_one)
+    text_field: str = _option("text", str, "field of .jsonl, column of .parquet that holds the text", _not_empty)
+    txt_articles: str = _option(
+        "blank", str, "articles of .txt files: between blank lines, one a line, or one a file", _one_of(TXT_ARTICLES)
+    )
+    encoding: str = _option("utf-8", str, "of text files: " + ", ".join(ENCODINGS), _one_of(ENCODINGS))
+    workers: int | None = _option(None, int, "processes that tokenise (as many as cores, if worth it)", _at_least(1))
     tokenized_data_path: str = _option("data/tokenized/", str, "folder of the token shards", _not_blank)
     num_pieces: int = _option(8, int, "number of token shards", _at_least(1))
     min_length: int = _option(0, int, "leave out articles of this many characters or fewer", _at_least(0))
@@ -76,6 +101,7 @@ class TrainingArguments:
     gradient_accumulation: int = _option(1, int, "batches to an optimizer step", _at_least(1))
     max_seq_len: int | None = _option(None, int, "tokens in a window (the model's maximum)", _at_least(2))
     stride: int | None = _option(None, int, "tokens from window to window (the window's length)", _at_least(1))
+    pad_articles: bool = _option(False, bool, "a window holds one article only; short ones are padded")
     separate_articles: bool = _option(False, bool, "articles in one window do not see each other")
     lr: float = _option(3e-4, float, "highest learning rate", _above_zero)
     lr_schedule: str = _option(
@@ -141,9 +167,12 @@ def build_parser() -> CommandLineParser:
             parser.add_argument(f"--{name}", action="store_true", help=option.metadata["help"])
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         else:
-            default = "" if option.default is None else f" ({option.default})"
+            several = option.metadata["kind"] is tuple
+            shown = " ".join(option.default) if isinstance(option.default, tuple) else option.default
+            default = "" if shown is None else f" ({shown})"
             help_text = (option.metadata["help"] + default).replace("%", "%%")
-            parser.add_argument(f"--{name}", metavar=option.metadata["kind"].__name__.upper(), help=help_text)
+            kind = "PATH" if several else option.metadata["kind"].__name__.upper()
+            parser.add_argument(f"--{name}", metavar=kind, nargs="+" if several else None, help=help_text)
     return parser
 
 
@@ -174,8 +203,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunRequest:
     for name, value in given.items():
         values[name] = _checked(name, value, f"--{name}")
     arguments = TrainingArguments(**values)
-    if arguments.fp16 and arguments.bf16:
-        raise InputError("--fp16 and --bf16 are both given; choose one")
+    for one, other in (("fp16", "bf16"), ("val_split", "val_data_path"), ("pad_articles", "separate_articles")):
+        if getattr(arguments, one) and getattr(arguments, other):
+            raise InputError(f"--{one} and --{other} are both given; choose one")
     return RunRequest(arguments, config_file, frozenset(given))
 
 
@@ -202,11 +232,17 @@ def _checked(name: str, value: Any, origin: str) -> Any:
     for check in metadata["checks"]:
         complaint = check(converted)
         if complaint:
-            raise InputError(f"{origin} is {value}; {complaint}")
+            shown = " ".join(converted) if isinstance(converted, tuple) else value
+            raise InputError(f"{origin} is {shown}; {complaint}")
     return converted
 
 
 def _convert(value: Any, kind: type, origin: str) -> Any:
+    if kind is tuple:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        raise InputError(f"{origin} is {value!r}; it must be a path or a list of paths")
     if kind is bool or kind is str:
         if isinstance(value, kind):
             return value

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.corpus import EvaluationWindows, TokenWindows
+from reformer_lm.corpus import ArticleWindows, EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.text import load_tokenizer, tokenizer_fingerprint
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
@@ -72,8 +72,14 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     with Reporter(arguments.log_step, arguments.quiet) as reporter, explained:
         stream, index = prepare_training_stream(request, tokenizer, reporter)
         held_out = prepare_validation_stream(request, tokenizer, reporter)
-        windows = TokenWindows(stream, length, arguments.stride or length)
-        identity = DataIdentity(len(stream), index.identity, windows.length, windows.stride, arguments.seed)
+        stride = arguments.stride or length
+        windows: TokenWindows | ArticleWindows
+        if arguments.pad_articles:
+            windows = ArticleWindows(stream, length, stride, tokenizer.pad_token_id)
+        else:
+            windows = TokenWindows(stream, length, stride)
+        corpus = index.identity + (", windows of articles" if arguments.pad_articles else "")
+        identity = DataIdentity(len(stream), corpus, windows.length, windows.stride, arguments.seed)
         state = load_state(folder) if arguments.resume and folder else None
         # From here on Ctrl-C means: finish the step, save, then stop.
         with StopRequest() as stop:
@@ -174,7 +180,7 @@ def _choose_start(arguments: TrainingArguments) -> tuple[Path | None, PreTrained
     if arguments.bpe_token and not arguments.tokenizer_path and folder is None:
         raise InputError(
             "--bpe_token needs a vocabulary built that way: python -m reformer_lm.text.vocabulary "
-            f"--bpe_token --corpus {arguments.raw_data_path} --output FOLDER, then --tokenizer_path FOLDER"
+            f"--bpe_token --corpus {' '.join(arguments.raw_data_path)} --output FOLDER, then --tokenizer_path FOLDER"
         )
     path = arguments.tokenizer_path or folder
     tokenizer = load_tokenizer(path, keep_case=arguments.keep_case, segment=arguments.segment)
@@ -239,7 +245,8 @@ def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -
         f"{config.vocab_size:,} in the vocabulary; settings from {origin}"
     )
     reporter.line(
-        f"windows: {len(windows):,} per epoch, {windows.length:,} tokens each, one every {windows.stride:,} tokens"
+        f"windows: {len(windows):,} per epoch, {'at most ' if arguments.pad_articles else ''}{windows.length:,} tokens "
+        f"each, one every {windows.stride:,} tokens"
     )
     reporter.line(
         f"steps: {schedule.total_steps:,} in all, {plan.steps_per_epoch:,} per epoch, "

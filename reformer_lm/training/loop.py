@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from reformer_lm.corpus import EvaluationWindows, TokenWindows
+from reformer_lm.corpus import ArticleWindows, EvaluationWindows, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.batches import StepWindows, TrainingPlan, article_numbers
@@ -85,7 +85,7 @@ class TrainingLoop:
         model: ReformerLMForCausalLM,
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerFast,
-        windows: TokenWindows,
+        windows: TokenWindows | ArticleWindows,
         validation: EvaluationWindows | None,
         plan: TrainingPlan,
         schedule: LearningRateSchedule,
