@@ -1,8 +1,8 @@
-"""Encode articles by the million characters: the tokenizer's ids exactly, many times as fast.
+"""Encode articles many thousand characters at a time: the tokenizer's ids exactly, many times as fast.
 
 Most characters of Chinese text become the same token whatever stands beside them. For those a table of all code points
-replaces the tokenizer, and numpy looks up a million at a time. Only what depends on its neighbours, such as letters,
-digits and spaces, goes through the tokenizer: each run of it by itself, cut off at characters that do not.
+replaces the tokenizer, and numpy looks up many thousands at a time. Only what depends on its neighbours, such as
+letters, digits and spaces, goes through the tokenizer: each run of it by itself, cut off at characters that do not.
 
 Why the cuts change nothing (`backend.py` lists the steps of normalization): all of them look at runs of *spaced*
 characters, at spaces, and at marks that compose with the character before them. A character of the table is none of
@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from reformer_lm.text.conventions import NEWLINE
 from reformer_lm.text.tokenizer import encode_articles, normalize_text, replace_lone_surrogates
 
-# Longer texts are encoded in pieces, cut at newlines, so that memory is bounded.
-PIECE_CHARACTERS = 1 << 20
+# Looked up at a time: as many as the processor's caches hold with all that is computed of them. Longer texts are cut at
+# newlines, which also bounds memory.
+PIECE_CHARACTERS = 1 << 16
 # Short runs come again and again ("2023", ", "); they are remembered.
 REMEMBERED_LENGTH = 16
 REMEMBERED_RUNS = 200_000
@@ -92,7 +93,7 @@ class ArticleEncoder:
         """Encode articles.
 
         Args:
-            articles: The texts, about `PIECE_CHARACTERS` in all or one that may be longer.
+            articles: The texts.
         """
         pieces: list[str] = []
         owners: list[int] = []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -63,6 +64,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
         build_shards(source, tokenizer, places[0], 3, 5, val_split=0.2, validation_directory=places[1], workers=workers)
         expected += [{**files_of(places[0]), **{f"v-{name}": data for name, data in files_of(places[1]).items()}}]
     assert expected[0] == expected[1] == expected[2]
+    assert not [p for p in psutil.Process().children(recursive=True) if "forkserver" in " ".join(p.cmdline())]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -228,7 +230,7 @@ def test_what_goes_wrong_in_a_worker_is_said_here(
 
 def test_the_number_of_workers_follows_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
-    assert [choose_workers(size) for size in (0, 1 << 20, 130 << 20, 10 << 30)] == [1, 1, 2, 4]
+    assert [choose_workers(size) for size in (0, 1 << 20, 520 << 20, 10 << 30)] == [1, 1, 2, 4]
 
 
 def test_progress_counts_the_bytes(
