@@ -2,7 +2,8 @@
 
 import sys
 
-from reformer_lm.training import main
-
 if __name__ == "__main__":
+    # Here, because processes that tokenise import this file, too, and need none of it.
+    from reformer_lm.training import main
+
     sys.exit(main())

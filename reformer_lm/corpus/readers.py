@@ -1,104 +1,96 @@
-"""Read articles from the files people train on: GPT2-Chinese's JSON, JSON lines, plain text.
+"""Read articles from the files people train on: GPT2-Chinese's JSON, JSON lines, plain text, Parquet.
 
 Every mistake in a file is reported as one line that says where it is, because a corpus is usually too large
-to search by eye.
+to search by eye. Nothing is read whole: memory is bounded by the longest article.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
+from reformer_lm.corpus.files import OnBytes, TextFile, ignore_bytes, open_file
+from reformer_lm.corpus.json_array import json_type_name, read_json_array
+from reformer_lm.corpus.parquet import read_parquet
 from reformer_lm.errors import InputError
 
-FORMATS = (".json", ".jsonl", ".txt")
-
-# What JSON calls its types, for messages about a file that someone wrote as JSON, not as Python.
-JSON_TYPE_NAMES = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
+TEXT_FORMATS = (".json", ".jsonl", ".txt")
+FORMATS = (*TEXT_FORMATS, ".parquet")
+# Where an article of a .txt file ends.
+TXT_ARTICLES = ("blank", "line", "file")
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file that a corpus was read from, so that a later run can tell whether it changed.
+class Reading:
+    """How files are read, where there is a choice.
 
     Attributes:
-        path: As the user gave it.
-        size: Bytes.
-        modified_ns: Time of the last change, in nanoseconds since 1970.
-        sha256: Checksum of the bytes.
+        text_field: Field of a JSON line, or column of a Parquet file, that holds the article.
+        txt_articles: Articles of a .txt file: separated by ``blank`` lines, one a ``line``, or the whole ``file``.
+        encoding: Of text files: ``utf-8`` or ``gb18030``.
     """
 
-    path: str
-    size: int
-    modified_ns: int
-    sha256: str
+    text_field: str = "text"
+    txt_articles: str = "blank"
+    encoding: str = "utf-8"
 
 
-def fingerprint_source(path: str | Path) -> SourceFile:
-    """Describe a source file by size, time and checksum.
-
-    Args:
-        path: An existing file.
-
-    Raises:
-        InputError: If the file is missing or cannot be read.
-    """
-    with _open(Path(path)) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    status = Path(path).stat()
-    return SourceFile(str(path), status.st_size, status.st_mtime_ns, digest)
+DEFAULT_READING = Reading()
 
 
-def read_articles(path: str | Path) -> Iterator[str]:
+def format_of(path: Path) -> str:
+    """The ending that says what a file holds, in lower case; .gz behind a text format's is left out."""
+    name = path.name.lower()
+    if name.endswith(".gz") and Path(name[:-3]).suffix in TEXT_FORMATS:
+        name = name[:-3]
+    return Path(name).suffix
+
+
+def read_articles(
+    path: str | Path, reading: Reading = DEFAULT_READING, on_bytes: OnBytes = ignore_bytes
+) -> Iterator[str]:
     """Iterate over the articles of one corpus file.
 
     Formats, told apart by the file's ending: ``.json`` is GPT2-Chinese's array of strings, one article each;
     ``.jsonl`` has one ``{"text": "..."}`` or one string a line; ``.txt`` has articles separated by blank
-    lines. All are UTF-8, with or without a byte order mark. An article comes back as written, an empty one
-    too.
+    lines; ``.parquet`` has one a row. The first three may be packed (``.json.gz``) and have a byte order mark.
+    An article comes back as written, an empty one too.
 
     Args:
         path: The corpus file.
+        reading: Fields, separators and encoding, where they are others than these.
+        on_bytes: Told how many bytes of the file were read.
 
     Yields:
         One article after the other.
 
     Raises:
-        InputError: If the file is missing, of an unknown format, no UTF-8, no valid JSON, of the wrong shape,
-            or holds no text at all.
+        InputError: If the file is missing, of an unknown format, of another encoding, no valid JSON, of the
+            wrong shape, or holds no text at all.
     """
-    path = Path(path)
-    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".txt": _read_text}
-    if path.suffix.lower() not in readers:
-        _open(path).close()
-        raise InputError(f"{path}: unknown format {path.suffix!r}; give a {', '.join(FORMATS[:-1])} or .txt file")
     # Opened here and not at the first step of the iteration, so that a missing file is found at once.
-    return _with_text(path, readers[path.suffix.lower()](path, _open(path)))
+    return _with_text(Path(path), open_articles(Path(path), reading, on_bytes))
 
 
-def _open(path: Path) -> BufferedReader:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a .json, .jsonl or .txt corpus") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: this is a folder; give the path of one corpus file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+def open_articles(path: Path, reading: Reading, on_bytes: OnBytes = ignore_bytes) -> Iterator[str]:
+    """As `read_articles`, of a file that may be empty of text: one of many."""
+    kind = format_of(path)
+    if kind == ".parquet":
+        return read_parquet(path, reading.text_field, on_bytes)
+    if kind not in TEXT_FORMATS:
+        open_file(path).close()
+        raise InputError(f"{path}: unknown format {path.suffix!r}; give a {', '.join(FORMATS[:-1])} or .parquet file")
+    file = TextFile(path, reading.encoding, on_bytes)
+    if kind == ".json":
+        return read_json_array(file)
+    if kind == ".jsonl":
+        return _read_json_lines(file, reading.text_field)
+    if reading.txt_articles == "file":
+        return _read_whole(file)
+    lines = (line.rstrip("\r") for line in file.lines())
+    return _separated_by_blank_lines(lines) if reading.txt_articles == "blank" else filter(str.strip, lines)
 
 
 def _with_text(path: Path, articles: Iterator[str]) -> Iterator[str]:
@@ -111,80 +103,41 @@ def _with_text(path: Path, articles: Iterator[str]) -> Iterator[str]:
         raise InputError(f"{path}: no article with any text in it; the corpus is empty")
 
 
-def _decode(path: Path, data: bytes, offset: int) -> str:
-    """Decode UTF-8 that begins ``offset`` bytes into the file."""
-    if offset == 0 and data.startswith(codecs.BOM_UTF8):
-        data, offset = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: invalid UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
-            "convert the file to UTF-8, for example with: iconv -f GB18030 -t UTF-8"
-        ) from None
-
-
-def _parse(path: Path, text: str, line_offset: int = 0) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: invalid JSON at line {line_offset + error.lineno} column {error.colno}: {error.msg}"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{path}: the JSON is nested too deeply; it must be a list of strings") from None
-
-
-def _type_name(value: Any) -> str:
-    return JSON_TYPE_NAMES[type(value)]
-
-
-def _read_json(path: Path, file: BufferedReader) -> Iterator[str]:
-    with file:
-        text = _decode(path, file.read(), 0)
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty; it must hold a JSON list of strings, one article each")
-    articles = _parse(path, text)
-    if not isinstance(articles, list):
-        raise InputError(f"{path}: the JSON is {_type_name(articles)}; it must be a list of strings, one article each")
-    for number, article in enumerate(articles, start=1):
-        if not isinstance(article, str):
-            raise InputError(
-                f"{path}: element {number} of {len(articles)} is {_type_name(article)}; "
-                "the file must be a list of strings, one article each"
-            )
-    yield from articles
-
-
-def _read_lines(path: Path, file: BufferedReader) -> Iterator[str]:
-    """Decode line by line, so that memory does not grow with the file."""
-    offset = 0
-    with file:
-        for line in file:
-            yield _decode(path, line, offset)
-            offset += len(line)
-
-
-def _read_json_lines(path: Path, file: BufferedReader) -> Iterator[str]:
-    for number, line in enumerate(_read_lines(path, file), start=1):
+def _read_json_lines(file: TextFile, field: str) -> Iterator[str]:
+    for number, line in enumerate(file.lines(), start=1):
         if not line.strip():
             continue
-        record = _parse(path, line.rstrip("\r\n"), line_offset=number - 1)
-        article = record.get("text") if isinstance(record, dict) else record
+        try:
+            record = json.loads(line.rstrip("\r"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file.path}: invalid JSON at line {number} column {error.colno}: {error.msg}") from None
+        except (RecursionError, ValueError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+            raise InputError(f"{file.path}: invalid JSON at line {number}: {reason}") from None
+        article = record.get(field) if isinstance(record, dict) else record
         if not isinstance(article, str):
-            what = f"{_type_name(record)} without a string 'text'" if isinstance(record, dict) else _type_name(record)
-            raise InputError(f'{path}: line {number} is {what}; each line must be {{"text": "one article"}}')
+            kind = json_type_name(record)
+            what = f"{kind} without a string {field!r}" if isinstance(record, dict) else kind
+            hint = "; --text_field names another field" if isinstance(record, dict) else ""
+            raise InputError(
+                f'{file.path}: line {number} is {what}; each line must be {{"{field}": "one article"}}{hint}'
+            )
         yield article
 
 
-def _read_text(path: Path, file: BufferedReader) -> Iterator[str]:
-    lines: list[str] = []
-    for line in _read_lines(path, file):
-        line = line.rstrip("\r\n")
+def _read_whole(file: TextFile) -> Iterator[str]:
+    article = "".join(file.chunks()).strip("\r\n")
+    if article:
+        yield article
+
+
+def _separated_by_blank_lines(lines: Iterable[str]) -> Iterator[str]:
+    article: list[str] = []
+    for line in lines:
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-    if lines:
-        yield "\n".join(lines)
+            article.append(line)
+        elif article:
+            yield "\n".join(article)
+            article = []
+    if article:
+        yield "\n".join(article)

@@ -41,6 +41,11 @@ class TokenStream:
             remaining -= len(starts)
         raise IndexError(f"article {index} of {self.num_articles}")
 
+    def all_article_starts(self) -> np.ndarray:
+        """Positions in the stream of the first tokens of all articles: int64 [articles]."""
+        parts = [starts + part for part, starts in zip(self._starts, self._article_starts, strict=False)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Copy the tokens ``start`` to ``stop`` (exclusive) out of the stream.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reformer_lm.text.conventions import DEFAULT_VOCABULARY
+from reformer_lm.text.encoder import ArticleEncoder, EncodedArticles, bare_ids
 from reformer_lm.text.tokenizer import (
     encode_article,
     encode_articles,
@@ -14,7 +15,10 @@ from reformer_lm.text.unknown import UnknownCounter
 
 __all__ = [
     "DEFAULT_VOCABULARY",
+    "ArticleEncoder",
+    "EncodedArticles",
     "UnknownCounter",
+    "bare_ids",
     "encode_article",
     "encode_articles",
     "load_tokenizer",

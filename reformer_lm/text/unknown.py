@@ -72,8 +72,10 @@ class UnknownCounter:
             f"{character if character.isprintable() else f'U+{ord(character):04X}'} x {count:,}"
             for character, count in self.most_frequent(limit)
         )
+        # A corpus that others have encoded does not say which they were.
+        examples = f"; most frequent unknown characters: {named}" if named else ""
         return (
-            f"{self.share:.2%} of the tokens are [UNK] ({self.unknown:,} of {self.tokens:,}); most frequent "
-            f"unknown characters: {named}. Build a vocabulary from this corpus with "
+            f"{self.share:.2%} of the tokens are [UNK] ({self.unknown:,} of {self.tokens:,}){examples}. "
+            "Build a vocabulary from this corpus with "
             "python -m reformer_lm.text.vocabulary --corpus FILE --output vocab.txt"
         )

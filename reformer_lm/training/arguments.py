@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from reformer_lm.command_line import CommandLineParser, nearest_name
+from reformer_lm.corpus.files import ENCODINGS
+from reformer_lm.corpus.readers import TXT_ARTICLES
 from reformer_lm.errors import InputError
 from reformer_lm.training.config_files import ConfigFile, read_config
 from reformer_lm.training.optimization import OPTIMIZERS, SCHEDULES
@@ -42,6 +44,14 @@ def _fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "it must be from 0 to 1"
 
 
+def _not_empty(value: str) -> str | None:
+    return None if value.strip() else "it must not be empty"
+
+
+def _below_one(value: float) -> str | None:
+    return None if 0 <= value < 1 else "it must be at least 0 and less than 1"
+
+
 def _one_of(choices: Sequence[str]) -> Check:
     return lambda value: None if value in choices else f"it must be one of {', '.join(choices)}"
 
@@ -54,8 +64,9 @@ def _regular_expression(value: str) -> str | None:
     return None
 
 
-def _not_blank(value: str) -> str | None:
-    return None if value.strip() else "it must be a path"
+def _not_blank(value: str | tuple[str, ...]) -> str | None:
+    names = (value,) if isinstance(value, str) else value
+    return None if names and all(name.strip() for name in names) else "it must be a path"
 
 
 def _option(default: Any, kind: type, text: str, *checks: Check) -> Any:
@@ -67,8 +78,22 @@ class TrainingArguments:
     """All options of a training run; the help texts below say what each means. None is "not given"."""
 
     raw: bool = _option(False, bool, "tokenise raw_data_path first; without it, earlier token shards are used")
-    raw_data_path: str = _option("data/train.json", str, "training corpus: .json, .jsonl or .txt", _not_blank)
-    val_data_path: str | None = _option(None, str, f"validation corpus ({DEFAULT_VALIDATION} if that exists)")
+    raw_data_path: tuple[str, ...] = _option(
+        ("data/train.json",),
+        tuple,
+        "training corpus: .json, .jsonl, .txt, .parquet, .npz, folders, patterns",
+        _not_blank,
+    )
+    val_data_path: tuple[str, ...] | None = _option(
+        None, tuple, f"validation corpus ({DEFAULT_VALIDATION} if that exists)", _not_blank
+    )
+    val_split: float = _option(0.0, float, "share of the training articles to validate with instead", _below_one)
+    text_field: str = _option("text", str, "field of .jsonl, column of .parquet that holds the text", _not_empty)
+    txt_articles: str = _option(
+        "blank", str, "articles of .txt files: between blank lines, one a line, or one a file", _one_of(TXT_ARTICLES)
+    )
+    encoding: str = _option("utf-8", str, "of text files: " + ", ".join(ENCODINGS), _one_of(ENCODINGS))
+    workers: int | None = _option(None, int, "processes that tokenise (as many as cores, if worth it)", _at_least(1))
     tokenized_data_path: str = _option("data/tokenized/", str, "folder of the token shards", _not_blank)
     num_pieces: int = _option(8, int, "number of token shards", _at_least(1))
     min_length: int = _option(0, int, "leave out articles of this many characters or fewer", _at_least(0))
@@ -90,8 +115,8 @@ class TrainingArguments:
     gradient_accumulation: int = _option(1, int, "batches to an optimizer step", _at_least(1))
     max_seq_len: int | None = _option(None, int, "tokens in a window (the model's maximum)", _at_least(2))
     stride: int | None = _option(None, int, "tokens from window to window (the window's length)", _at_least(1))
+    pad_articles: bool = _option(False, bool, "a window holds one article only; short ones are padded")
     separate_articles: bool = _option(False, bool, "articles in one window do not see each other")
-    pad_articles: bool = _option(False, bool, "windows are single articles, padded, in place of a stream of them")
     lr: float = _option(3e-4, float, "highest learning rate", _above_zero)
     optimizer: str = _option("adamw", str, "one of " + ", ".join(OPTIMIZERS), _one_of(OPTIMIZERS))
     lr_schedule: str = _option("cosine", str, "decay of the learning rate: " + ", ".join(SCHEDULES), _one_of(SCHEDULES))
@@ -175,9 +200,10 @@ def build_parser() -> CommandLineParser:
         else:
             is_list = option.metadata["kind"] is tuple
             shown: Any = option.default
-            default = "" if shown is None else f" ({' '.join(shown) if is_list else shown})"
+            default = "" if shown is None else f" ({' '.join(shown) if isinstance(shown, tuple) else shown})"
             help_text = (option.metadata["help"] + default).replace("%", "%%")
-            metavar = "NAME" if is_list else option.metadata["kind"].__name__.upper()
+            of_list = "PATH" if name.endswith("_path") else "NAME"
+            metavar = of_list if is_list else option.metadata["kind"].__name__.upper()
             parser.add_argument(f"--{name}", metavar=metavar, help=help_text, nargs="+" if is_list else None)
     return parser
 
@@ -209,8 +235,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunRequest:
     for name, value in given.items():
         values[name] = _checked(name, value, f"--{name}")
     arguments = TrainingArguments(**values)
-    if arguments.fp16 and arguments.bf16:
-        raise InputError("--fp16 and --bf16 are both given; choose one")
+    for one, other in (("fp16", "bf16"), ("val_split", "val_data_path"), ("pad_articles", "separate_articles")):
+        if getattr(arguments, one) and getattr(arguments, other):
+            raise InputError(f"--{one} and --{other} are both given; choose one")
     arguments = _one_name_each(arguments)
     return RunRequest(arguments, config_file, frozenset(given))
 
@@ -254,6 +281,11 @@ def _checked(name: str, value: Any, origin: str) -> Any:
 
 
 def _convert(value: Any, kind: type, origin: str) -> Any:
+    if kind is tuple:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        raise InputError(f"{origin} is {value!r}; it must be a path or a list of paths")
     if kind is bool or kind is str:
         if isinstance(value, kind):
             return value

@@ -14,10 +14,10 @@ from transformers import PretrainedConfig
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.corpus import EvaluationWindows, ShardIndex, TokenWindows
+from reformer_lm.corpus import ArticleWindows, EvaluationWindows, ShardIndex, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
-from reformer_lm.training.batches import TrainingPlan
+from reformer_lm.training.batches import TrainingPlan, Windows
 from reformer_lm.training.checkpoints import BEST_NAME, CheckpointStore, require_writable_folder
 from reformer_lm.training.corpora import prepare_training_stream, prepare_validation_stream
 from reformer_lm.training.devices import choose_device, create_accelerator, describe_device, num_processes
@@ -97,7 +97,10 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
         with accelerator.main_process_first():
             stream, index = prepare_training_stream(request, tokenizer, reporter)
             held_out = prepare_validation_stream(request, tokenizer, reporter)
-        windows = TokenWindows(stream, length, arguments.stride or length)
+        stride = arguments.stride or length
+        windows: Windows = TokenWindows(stream, length, stride)
+        if arguments.pad_articles:
+            windows = ArticleWindows(stream, length, stride, tokenizer.pad_token_id)
         identity = DataIdentity(
             len(stream), index.identity, windows.length, windows.stride, arguments.seed, arguments.pad_articles
         )
@@ -267,7 +270,8 @@ def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -
         f"{config.vocab_size:,} in the vocabulary; settings from {origin}"
     )
     reporter.line(
-        f"windows: {len(windows):,} per epoch, {windows.length:,} tokens each, one every {windows.stride:,} tokens"
+        f"windows: {len(windows):,} per epoch, {'at most ' if arguments.pad_articles else ''}{windows.length:,} tokens "
+        f"each, one every {windows.stride:,} tokens"
     )
     shared = f" in each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
     reporter.line(

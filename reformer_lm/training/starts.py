@@ -117,7 +117,7 @@ def _tokenizer(arguments: TrainingArguments, folder: Path | None) -> PreTrainedT
     if arguments.bpe_token and not arguments.tokenizer_path and folder is None:
         raise InputError(
             "--bpe_token needs a vocabulary built that way: python -m reformer_lm.text.vocabulary "
-            f"--bpe_token --corpus {arguments.raw_data_path} --output FOLDER, then --tokenizer_path FOLDER"
+            f"--bpe_token --corpus {' '.join(arguments.raw_data_path)} --output FOLDER, then --tokenizer_path FOLDER"
         )
     path = arguments.tokenizer_path or folder
     tokenizer = load_tokenizer(path, keep_case=arguments.keep_case, segment=arguments.segment)

@@ -16,6 +16,7 @@ PROMISED = """
     eval_every save_every sample_every resume val_data_path lr_schedule weight_decay quiet
     init_from restore train_only optimizer noise early_stopping ema save_total_limit fsdp compile
     report_to print_config
+    text_field txt_articles encoding workers val_split pad_articles
 """.split()
 
 
@@ -70,6 +71,15 @@ def test_switches_of_a_file_can_be_turned_off() -> None:
         parse_arguments(["--fp16", "--bf16"])
 
 
+def test_one_path_or_several() -> None:
+    assert parse_arguments(["--raw_data_path", "a", "b c", "--raw"]).arguments.raw_data_path == ("a", "b c")
+    assert parse_arguments(["--val_data_path=a"]).arguments.val_data_path == ("a",)
+    name = config({"training": {"raw_data_path": "a.json", "val_data_path": ["b", "c"]}})
+    arguments = parse_arguments(["--model_config", name]).arguments
+    assert (arguments.raw_data_path, arguments.val_data_path) == (("a.json",), ("b", "c"))
+    assert parse_arguments(["--model_config", name, "--raw_data_path", "d"]).arguments.raw_data_path == ("d",)
+
+
 def test_null_means_not_given() -> None:
     assert parse_arguments(["--model_config", config({"training": {"max_steps": None}})]).arguments.max_steps is None
     with pytest.raises(InputError, match="'epochs' is None; it must be a whole number"):
@@ -111,6 +121,15 @@ def test_flat_file_is_the_model_part() -> None:
         (["--min_lr_ratio", "2"], "--min_lr_ratio is 2; it must be from 0 to 1"),
         (["--lr_schedule", "cosin"], "--lr_schedule is cosin; it must be one of cosine, linear, constant"),
         (["--output_dir", ""], "--output_dir is ; it must be a path"),
+        (["--raw_data_path"], "argument --raw_data_path: expected at least one argument"),
+        (["--raw_data_path", "a", ""], "--raw_data_path is a ; it must be a path"),
+        (["--val_split", "1"], "--val_split is 1; it must be at least 0 and less than 1"),
+        (["--val_split", "0.1", "--val_data_path", "a.json"], "--val_split and --val_data_path are both given"),
+        (["--pad_articles", "--separate_articles"], "--pad_articles and --separate_articles are both given"),
+        (["--encoding", "big5"], "--encoding is big5; it must be one of utf-8, gb18030"),
+        (["--txt_articles", "page"], "--txt_articles is page; it must be one of blank, line, file"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
+        (["--text_field", " "], "--text_field is  ; it must not be empty"),
         (["--model_config", "missing.json"], "missing.json: no such configuration file"),
         (["--model_config", "."], ".: cannot be read"),
     ],
@@ -131,6 +150,9 @@ def test_mistakes_on_the_command_line_are_named_in_one_line(argv: list[str], fra
         ({"training": {"epochs": True}}, "'epochs' is True; it must be a whole number"),
         ({"training": {"epochs": [1]}}, "'epochs' is [1]; it must be a whole number"),
         ({"training": {"fp16": "yes"}}, "'fp16' is 'yes'; it must be true or false"),
+        ({"training": {"raw_data_path": 3}}, "'raw_data_path' is 3; it must be a path or a list of paths"),
+        ({"training": {"raw_data_path": ["a", 3]}}, "'raw_data_path' is ['a', 3]; it must be a path or a list"),
+        ({"training": {"raw_data_path": []}}, "'raw_data_path' is ; it must be a path"),
         ({"training": {"output_dir": 3}}, "'output_dir' is 3; it must be a string"),
         ({"training": {"resume": True}}, "'resume' belongs on the command line"),
         ({"training": 3}, "the value of 'training' must be an object"),
