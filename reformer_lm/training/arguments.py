@@ -281,11 +281,6 @@ def _checked(name: str, value: Any, origin: str) -> Any:
 
 
 def _convert(value: Any, kind: type, origin: str) -> Any:
-    if kind is tuple:
-        names = [value] if isinstance(value, str) else value
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return tuple(names)
-        raise InputError(f"{origin} is {value!r}; it must be a path or a list of paths")
     if kind is bool or kind is str:
         if isinstance(value, kind):
             return value
@@ -294,7 +289,7 @@ def _convert(value: Any, kind: type, origin: str) -> Any:
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(names)
-        raise InputError(f"{origin} is {value!r}; it must be a list of names")
+        raise InputError(f"{origin} is {value!r}; it must be a string or a list of strings")
     wanted = "a whole number" if kind is int else "a number"
     # JSON's true is Python's 1; a float would be cut off silently; a number in quotes in a file is a slip.
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):

@@ -168,7 +168,7 @@ def test_names_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for written, read in (('["tensorboard"]', ("tensorboard",)), ('"none"', ("none",))):
         Path("c.json").write_text(f'{{"training": {{"report_to": {written}}}}}')
         assert parse_arguments(["--model_config", "c.json"]).arguments.report_to == read
-    for wrong, fragment in (("[1]", "it must be a list of names"), ("[]", "give some of tensorboard")):
+    for wrong, fragment in (("[1]", "it must be a string or a list of strings"), ("[]", "give some of tensorboard")):
         Path("c.json").write_text(f'{{"training": {{"report_to": {wrong}}}}}')
         with pytest.raises(InputError, match=fragment):
             parse_arguments(["--model_config", "c.json"])
