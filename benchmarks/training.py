@@ -78,8 +78,12 @@ def window(ids: np.ndarray, number: int) -> Tensor:
     return torch.from_numpy(ids[begin : begin + TOKENS].astype(np.int64)).unsqueeze(0)
 
 
-def ours(model: nn.Module, ids: np.ndarray, steps: int, tokenizer: Any, folder: Path) -> float:
-    """Seconds of our loop from its first step to its last, without the checkpoint at the end."""
+def ours(model: nn.Module, ids: np.ndarray, steps: int, tokenizer: Any, folder: Path) -> tuple[float, float]:
+    """Seconds of our loop from its first step to its last, without the checkpoint at the end.
+
+    Returns:
+        Of the whole, and of that what the bare step does, too: forward and backward pass, clipping, update.
+    """
     from reformer_lm.corpus import TokenStream, TokenWindows
     from reformer_lm.training.batches import TrainingPlan
     from reformer_lm.training.checkpoints import CheckpointStore
@@ -107,9 +111,45 @@ def ours(model: nn.Module, ids: np.ndarray, steps: int, tokenizer: Any, folder: 
             settings=LoopSettings(batch_size=1), identity=DataIdentity(len(ids), "", TOKENS, TOKENS, 0),
             reporter=reporter, stop=StopRequest(), options={},
         )  # fmt: skip
+        watch = Watch()
+        loop.runner.model.register_forward_pre_hook(lambda *_: watch.begin())
+        loop.runner.model.register_forward_hook(lambda *_: watch.end())
+        for owner, name in (
+            (loop.accelerator, "backward"), (loop.processes, "clip_gradients"), (loop.optimizer, "step"),
+            (loop.optimizer, "zero_grad"),
+        ):  # fmt: skip
+            setattr(owner, name, watch.watched(getattr(owner, name)))
         begin = time.perf_counter()
         loop.run()
-    return loop.end - begin
+    return loop.end - begin, watch.seconds
+
+
+class Watch:
+    """Adds up the seconds between its beginnings and ends."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Seconds count from now on."""
+        self._since = time.perf_counter()
+
+    def end(self) -> None:
+        """Until now."""
+        self.seconds += time.perf_counter() - self._since
+
+    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, whose seconds count."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            self.begin()
+            try:
+                return call(*arguments, **options)
+            finally:
+                self.end()
+
+        return timed
 
 
 class RandomWindows(Dataset[Tensor]):
@@ -175,7 +215,7 @@ def gpt2_chinese(model: nn.Module, ids: np.ndarray, steps: int, folder: Path) ->
     return seconds
 
 
-def measure(corpus: Path, steps: int, peer_steps: int, repetitions: int) -> dict[str, Any]:
+def measure(corpus: Path, steps: int, peer_steps: int, repetitions: int, contenders: list[str]) -> dict[str, Any]:
     from reformer_pytorch import ReformerLM
     from reformer_pytorch.generative_tools import TrainingWrapper
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -200,18 +240,27 @@ def measure(corpus: Path, steps: int, peer_steps: int, repetitions: int) -> dict
             embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=1, eos_token_id=1,
         )
     )  # fmt: skip
-    counts = {name: steps if name in ("bare", "ours") else peer_steps for name in LABELS}
-    taken: dict[str, list[float]] = {name: [] for name in LABELS}
+    counts = {name: steps if name in ("bare", "ours") else peer_steps for name in contenders}
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    shares: list[float] = []
+
+    def watched(seconds: tuple[float, float]) -> float:
+        whole, of_the_model = seconds
+        shares.append(1 - of_the_model / whole)
+        return whole
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calls: dict[str, Callable[[int], float]] = {
             "bare": lambda count: bare(our_model(tokenizer), ids, count),
-            "ours": lambda count: ours(our_model(tokenizer), ids, count, tokenizer, folder),
+            "ours": lambda count: watched(ours(our_model(tokenizer), ids, count, tokenizer, folder)),
             "reformer_pytorch": lambda count: reformer_pytorch(rfp, ids, count),
             "gpt2_chinese": lambda count: gpt2_chinese(gpt2, ids, count, folder),
         }
+        calls = {name: call for name, call in calls.items() if name in contenders}
         for call in calls.values():
             call(2)
+        shares.clear()
         names = list(calls)
         for repetition in range(repetitions):
             first = repetition % len(names)
@@ -221,6 +270,7 @@ def measure(corpus: Path, steps: int, peer_steps: int, repetitions: int) -> dict
                 print(f"{LABELS[contender]}: {counts[contender] * TOKENS / seconds:,.0f} tokens/s", flush=True)
     return {
         "tokens": TOKENS, "hidden_size": width, "depth": depth, "heads": heads, "vocab_size": len(tokenizer),
+        "share_of_the_loop": shares,
         "contenders": {
             name: {"steps": count, "seconds": taken[name], "tokens_per_s": [count * TOKENS / s for s in taken[name]]}
             for name, count in counts.items()
@@ -238,6 +288,11 @@ def report(results: dict[str, Any]) -> str:
         share = medians[name] / medians["bare"]
         spread = f"{medians[name]:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
         lines.append(f"| {LABELS[name]} | {spread} | {share:.3f} |")
+    shares = results["share_of_the_loop"]
+    lines.append(
+        f"\nOf our loop's time {statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) is neither forward "
+        "nor backward pass, clipping nor update."
+    )
     return "\n".join(lines)
 
 
@@ -247,6 +302,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--peer_steps", type=int, default=40)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--out", type=Path, default=default_result_file("training", "cpu"))
     parser.add_argument("--report", action="store_true", help="print the table, measure nothing")
     arguments = parser.parse_args()
@@ -255,7 +311,9 @@ def main() -> None:
         return
     if arguments.corpus is None:
         raise SystemExit("error: give a JSON list of articles with --corpus")
-    measured = measure(arguments.corpus, arguments.steps, arguments.peer_steps, arguments.repetitions)
+    measured = measure(
+        arguments.corpus, arguments.steps, arguments.peer_steps, arguments.repetitions, arguments.contenders
+    )
     results = {"machine": describe_machine(), **measured}
     arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(report(results))
