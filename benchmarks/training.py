@@ -290,8 +290,8 @@ def report(results: dict[str, Any]) -> str:
         lines.append(f"| {LABELS[name]} | {spread} | {share:.3f} |")
     shares = results["share_of_the_loop"]
     lines.append(
-        f"\nOf our loop's time {statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) is neither forward "
-        "nor backward pass, clipping nor update."
+        f"\nOf our loop's time {statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%}) is neither "
+        "forward nor backward pass, clipping nor update."
     )
     return "\n".join(lines)
 
