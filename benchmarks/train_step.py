@@ -1,7 +1,10 @@
-"""The time of one training step, forward, backward and AdamW: ours beside its peers.
+r"""The time of one training step, forward, backward and AdamW: ours beside its peers.
 
-    python benchmarks/train_step.py                      # 4,096 and 16,384 tokens
+    python benchmarks/train_step.py --lengths 4096
+    python benchmarks/train_step.py --lengths 16384 --contenders ours gpt2 --repetitions 3
     python benchmarks/train_step.py --lengths 65536 --repetitions 1 --contenders ours gpt2_lean --short_warm_up
+    python benchmarks/train_step.py --lengths 4096 --hidden_size 256 --depth 3 --heads 4 --vocab_size 7254 \
+        --contenders ours compiled gpt2 gpt2_compiled    # is --compile worth it
     python benchmarks/train_step.py --report             # the tables of docs/benchmarks.md, from what was measured
 
 All contenders of a length are in one process and are called in rounds, in rotating order. "_bf16" behind a contender's

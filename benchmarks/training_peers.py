@@ -74,6 +74,14 @@ def _gpt2(sizes: Sizes, checkpointing: bool = False) -> nn.Module:
     return model
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    """With train_reformer.py's --compile."""
+    from reformer_lm.training.models import compile_layers
+
+    compile_layers(model)
+    return model
+
+
 def _own_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, labels=tokens).loss
 
@@ -117,8 +125,12 @@ CONTENDERS: dict[str, Contender] = {
         'ours, reversible="off"', "reformer_lm",
         lambda sizes: _ours(sizes, reversible="off", ff_chunk_size=0), _own_loss,
     ),
+    "compiled": Contender("ours, --compile", "reformer_lm", lambda sizes: _compiled(_ours(sizes)), _own_loss),
     "reformer_pytorch": Contender("reformer-pytorch", "reformer-pytorch", _reformer_pytorch, _loss_of_logits),
     "gpt2": Contender("GPT-2 (SDPA)", "transformers", _gpt2, _own_loss),
+    "gpt2_compiled": Contender(
+        "GPT-2 (SDPA), --compile", "transformers", lambda sizes: _compiled(_gpt2(sizes)), _own_loss
+    ),
     "gpt2_checkpointing": Contender(
         "GPT-2, gradient checkpointing", "transformers", lambda sizes: _gpt2(sizes, checkpointing=True), _own_loss
     ),

@@ -18,7 +18,11 @@ SMALL = Sizes(tokens=256, hidden_size=32, depth=2, heads=4, vocab_size=50)
 FLAGS = "--hidden_size 32 --heads 4 --vocab_size 50".split()
 
 
-@pytest.mark.parametrize("name", list(CONTENDERS))
+# Compiling takes most of a minute.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CONTENDERS if name.endswith("compiled")]
+
+
+@pytest.mark.parametrize("name", [*(name for name in CONTENDERS if not name.endswith("compiled")), *SLOW])
 def test_every_contender_learns_its_tokens(name: str) -> None:
     if name == "reformer_pytorch":
         pytest.importorskip("reformer_pytorch")
