@@ -62,13 +62,14 @@ def _memory_against_depth(axes: Axes, results: dict[str, Any]) -> None:
 
 def _step_against_length(axes: Axes, results: dict[str, Any]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
-    for group in results["groups"]:
+    groups = [group for group in results["groups"] if group["hidden_size"] == 512]
+    for group in groups:
         for name, entry in group["contenders"].items():
             lines.setdefault(name, []).append((group["tokens"], entry["median_s"]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _lines(axes, lines)
-    lengths = sorted({group["tokens"] for group in results["groups"]})
+    lengths = sorted({group["tokens"] for group in groups})
     axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} s")
     axes.set_title("Time of a training step, six layers", fontsize=10.5, loc="left")
