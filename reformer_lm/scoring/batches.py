@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Padded tokens in one forward pass, unless a single window is longer than that.
+# Tokens in one forward pass, padding included, unless told otherwise.
 TOKENS_PER_BATCH = 4096
 
 
@@ -29,8 +29,8 @@ class Window:
     end_scored: int
 
 
-def cut_windows(text_index: int, sequence: Sequence[int], window: int, context: int) -> list[Window]:
-    """Cut a token sequence into windows that score each token but the first exactly once.
+def cut_windows(text_index: int, sequence: Sequence[int], window: int, context: int, first: int = 0) -> list[Window]:
+    """Cut a token sequence into windows that score each token from one on exactly once.
 
     Args:
         text_index: Copied into the windows.
@@ -38,6 +38,7 @@ def cut_windows(text_index: int, sequence: Sequence[int], window: int, context: 
         window: Most tokens in a window.
         context: Tokens read by a further window up to and including the one that predicts its first scored
             token.
+        first: Index of the first token to score; those before it are only read.
 
     Returns:
         The windows in order; none if there is nothing to score. A sequence of up to ``window + 1`` tokens
@@ -45,10 +46,10 @@ def cut_windows(text_index: int, sequence: Sequence[int], window: int, context: 
     """
     windows: list[Window] = []
     count = len(sequence) - 1
-    scored = 0
+    scored = first
     while scored < count:
         # The token that predicts number `scored` of the text stands at the same index of the sequence.
-        start = max(0, scored + 1 - context) if scored else 0
+        start = 0 if scored == first < window else max(0, scored + 1 - context)
         end = min(start + window, count)
         windows.append(
             Window(
@@ -76,13 +77,21 @@ class Batch:
     length: int
 
 
-def plan_batches(windows: Iterable[Window], batch_size: int, longest: int, *, pad: bool = True) -> list[Batch]:
+def plan_batches(
+    windows: Iterable[Window],
+    batch_size: int | None,
+    longest: int,
+    batch_tokens: int = TOKENS_PER_BATCH,
+    *,
+    pad: bool = True,
+) -> list[Batch]:
     """Sort windows into batches in which each is padded to a length that depends on its own only.
 
     Args:
         windows: The windows to run.
-        batch_size: Most rows of a batch.
+        batch_size: Most rows of a batch; None for as many as fit.
         longest: The longest that a batch may be, in tokens.
+        batch_tokens: Most tokens of a batch, padding included, unless a single window is longer.
         pad: Whether windows of different lengths may share a batch.
 
     Returns:
@@ -94,7 +103,9 @@ def plan_batches(windows: Iterable[Window], batch_size: int, longest: int, *, pa
         by_length[min(padded_length(length), longest) if pad else length].append(window)
     batches: list[Batch] = []
     for length, group in sorted(by_length.items()):
-        rows = max(1, min(batch_size, TOKENS_PER_BATCH // length))
+        rows = max(1, batch_tokens // length)
+        if batch_size is not None:
+            rows = min(rows, batch_size)
         batches.extend(Batch(group[first : first + rows], length) for first in range(0, len(group), rows))
     return batches
 

@@ -8,6 +8,7 @@ from reformer_lm.text.tokenizer import (
     encode_article,
     encode_articles,
     load_tokenizer,
+    locate_tokens,
     normalize_text,
     tokenizer_fingerprint,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "encode_article",
     "encode_articles",
     "load_tokenizer",
+    "locate_tokens",
     "normalize_text",
     "tokenizer_fingerprint",
 ]

@@ -38,6 +38,10 @@ from reformer_lm.text.conventions import (
     UNKNOWN,
 )
 
+# Begin and end of a token in its text, in characters.
+Span = tuple[int, int]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _FILE_SUFFIXES = (".txt", ".json", ".vocab")
 _BUILD_WORDS = "python -m reformer_lm.text.vocabulary --segment --corpus FILE --output FOLDER"
@@ -104,6 +108,49 @@ def encode_articles(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) ->
         )
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [[begin, *encoding.ids, end] for encoding in encodings]
+
+
+def locate_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+    """Encodes texts and says where in them each token stands.
+
+    Args:
+        tokenizer: As `load_tokenizer` makes it.
+        texts: To encode; several at once run in parallel where there are cores.
+
+    Returns:
+        For each text its ids, without begin and end of an article, and as many pairs (begin, end) of characters of the
+        text. No pair is empty; tokens that are bytes of one character share it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    written = [replace_lone_surrogates(text) if _SURROGATE.search(text) else text for text in texts]
+    located = []
+    for text, encoding in zip(texts, backend.encode_batch(written, add_special_tokens=False), strict=True):
+        spans = [_not_empty(begin, end, len(text)) for begin, end in encoding.offsets]
+        if _SURROGATE.search(text):
+            # A pair of halves became one character.
+            places = [*_places_of_characters(text), len(text)]
+            spans = [(places[begin], places[end]) for begin, end in spans]
+        located.append((encoding.ids, spans))
+    return located
+
+
+def _not_empty(begin: int, end: int, length: int) -> Span:
+    """A span of at least one character, the last of the text at the latest."""
+    begin = min(begin, length - 1)
+    return begin, max(end, begin + 1)
+
+
+def _places_of_characters(text: str) -> list[int]:
+    """Where in a text with halves of surrogate pairs each character of `replace_lone_surrogates` begins."""
+    places, place = [], 0
+    while place < len(text):
+        places.append(place)
+        is_pair = "\ud800" <= text[place] <= "\udbff" and "\udc00" <= text[place + 1 : place + 2] <= "\udfff"
+        place += 2 if is_pair else 1
+    return places
 
 
 def normalize_text(tokenizer: PreTrainedTokenizerFast, text: str) -> str:

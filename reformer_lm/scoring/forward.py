@@ -1,0 +1,113 @@
+"""Running a batch through a model: how likely each token was, and what would have been likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.scoring.batches import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Positions of all rows together whose probabilities are normalised at once: [512, vocabulary] floats.
+POSITIONS_PER_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model said of the tokens that one window scores, one entry each.
+
+    Attributes:
+        surprisals: Negative log likelihood in nats.
+        ranks: How many tokens were at least as likely, itself included; empty unless asked for.
+        alternatives: The likeliest tokens, as (id, log probability); empty unless asked for.
+    """
+
+    surprisals: Sequence[float]
+    ranks: Sequence[int] = ()
+    alternatives: Sequence[tuple[tuple[int, float], ...]] = ()
+
+
+def score_batch(model: PreTrainedModel, batch: Batch, alternatives: int = 0) -> list[TokenScores]:
+    """Run a batch.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        batch: Windows, which are padded on the right to the batch's length here.
+        alternatives: How many of the likeliest tokens to tell in each place; 0 leaves out the ranks, too.
+
+    Returns:
+        For each window of the batch what became of the tokens that it scores.
+    """
+    rows = len(batch.windows)
+    input_ids_BT = torch.zeros((rows, batch.length), dtype=torch.long)
+    targets_BT = torch.zeros_like(input_ids_BT)
+    for row, window in enumerate(batch.windows):
+        input_ids_BT[row, : len(window.inputs)] = torch.tensor(window.inputs)
+        targets_BT[row, : len(window.targets)] = torch.tensor(window.targets)
+    # No attention mask: nothing that stands behind a token can reach it. A mask would make the model cut the
+    # batch to its longest row, and the length would depend on the company.
+    device = getattr(model, "device", torch.device("cpu"))
+    size = max(1, POSITIONS_PER_CHUNK // rows)
+    chunks = [
+        _describe(logits, targets, alternatives)
+        for logits, targets in zip(
+            _logit_chunks(model, input_ids_BT.to(device), size), targets_BT.to(device).split(size, dim=1), strict=True
+        )
+    ]
+    surprisals_BT, ranks_BT, ids_BTK, log_probabilities_BTK = (
+        torch.cat(parts, dim=1).tolist() for parts in zip(*chunks, strict=True)
+    )
+    found = []
+    for row, window in enumerate(batch.windows):
+        scored = slice(len(window.inputs) - (window.end_scored - window.first_scored), len(window.inputs))
+        if not alternatives:
+            found.append(TokenScores(surprisals_BT[row][scored]))
+            continue
+        pairs = zip(ids_BTK[row][scored], log_probabilities_BTK[row][scored], strict=True)
+        likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+        found.append(TokenScores(surprisals_BT[row][scored], ranks_BT[row][scored], likeliest))
+    return found
+
+
+def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, size: int) -> Iterator[Tensor]:
+    """The logits of a batch, so many positions at a time: all of them at once may be gigabytes."""
+    if isinstance(model, ReformerLMForCausalLM):
+        for hidden in model.reformer(input_ids_BT).last_hidden_state.split(size, dim=1):
+            yield model.compute_logits(hidden)
+    else:
+        # Another model may do more to its logits than apply its output layer.
+        yield from model(input_ids=input_ids_BT).logits.split(size, dim=1)
+
+
+def _describe(logits: Tensor, targets_BT: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Surprisals, ranks, likeliest ids and their log probabilities, in float32 or better, on the CPU."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    own = log_probabilities.gather(-1, targets_BT.unsqueeze(-1))
+    surprisals = -own.squeeze(-1).double().cpu()
+    if not alternatives:
+        nothing = torch.empty((*targets_BT.shape, 0))
+        return surprisals, nothing, nothing, nothing
+    ranks = (log_probabilities >= own).sum(-1)
+    best = log_probabilities.topk(min(alternatives, logits.shape[-1]), dim=-1)
+    return surprisals, ranks.cpu(), best.indices.cpu(), best.values.double().cpu()
+
+
+@contextmanager
+def evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients, and afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
