@@ -1,7 +1,7 @@
 """Which optimizer learns novels fastest by the clock.
 
     python benchmarks/optimizers.py --train novels_chapters.json --validation novels_val.json --steps 240
-    python benchmarks/optimizers.py --train ... --validation ... --optimizers muon --steps 200   # as long as adamw's 240
+    python benchmarks/optimizers.py --train ... --validation ... --optimizers muon --steps 200   # as long
     python benchmarks/optimizers.py --report             # the table of docs/benchmarks.md, from what was measured
 
 Each run is train_reformer.py with configs/tiny.json at 1,024 tokens, in a process of its own, one after the other. The
