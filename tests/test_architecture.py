@@ -20,13 +20,14 @@ ALLOWED = {
     "model": {"ops", "config", "cache", "layers", "pretrained"},
     "wrapper": {"model"},
     "command_line": set(),
+    "pages": set(),
     "text": {"corpus", "command_line"},  # builds vocabularies from corpora
     "corpus": {"text"},
     "scoring": {"model", "text"},
     "generation": {"text", "cache"},
     # training compiles the feed-forward blocks one by one.
-    "training": {"config", "layers", "model", "text", "corpus", "generation", "command_line"},
-    "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "command_line"},
+    "training": {"config", "layers", "model", "text", "corpus", "generation", "pages", "command_line"},
+    "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "pages", "command_line"},
     "__init__": {"cache", "config", "layers", "model", "wrapper"},
 }
 # transformers is for the model's shell, tokenizers and the jobs; accelerate for training only.

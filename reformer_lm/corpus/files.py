@@ -14,8 +14,7 @@ from reformer_lm.errors import InputError
 ENCODINGS = ("utf-8", "gb18030")
 ENCODING_NAMES = {"utf-8": "UTF-8", "gb18030": "GB18030"}
 ENCODING_REMEDIES = {
-    "utf-8": "convert the file to UTF-8, for example with: iconv -f GB18030 -t UTF-8 (training reads it with "
-    "--encoding gb18030)",
+    "utf-8": "convert the file to UTF-8, for example with: iconv -f GB18030 -t UTF-8 (or give --encoding gb18030)",
     "gb18030": "leave --encoding gb18030 out if the file is UTF-8",
 }
 BYTE_ORDER_MARK = "\ufeff"

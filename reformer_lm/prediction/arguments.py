@@ -9,8 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from reformer_lm.command_line import CommandLineParser
+from reformer_lm.corpus.files import ENCODINGS
 from reformer_lm.errors import InputError
 from reformer_lm.generation import GenerationSettings
+from reformer_lm.prediction.result_file import require_output
+from reformer_lm.scoring.batches import TOKENS_PER_BATCH
 
 TRAINING_COMMAND = "python train_reformer.py --raw --epochs 2 --model_config configs/tiny.json"
 # Python's and torch's generators take larger seeds, but this range survives JSON readers that use doubles.
@@ -22,6 +25,9 @@ examples:
   predict.py --unconditional --seed 7
   predict.py --ppl --text 他把书放在桌上。 --text 他把桌上放在书。
   predict.py --ppl --file sentences.jsonl --json
+  predict.py --ppl --file sentences.jsonl --output scores.csv --sort descending --html report.html
+  predict.py --ppl --compare 他把门轻轻关上。 他把轻门轻关上。
+  predict.py --ppl --explain --text 他把轻门轻关上。
   predict.py --interactive
 """
 
@@ -41,8 +47,19 @@ def build_parser() -> CommandLineParser:
     texts.add_argument(
         "--file",
         metavar="PATH",
-        help='.txt: a text a line; .json: a list of strings; .jsonl: {"text": ...} a line; -: lines of stdin',
+        help='.txt: a text a line; .json: a list of strings; .jsonl: {"text": ...} a line; .csv, .tsv: a column; '
+        ".parquet; all but that also as .gz; -: lines of stdin",
     )
+    texts.add_argument(
+        "--field", "--text_field", default="text", metavar="NAME", help="field of a .jsonl line (%(default)s)"
+    )
+    texts.add_argument(
+        "--column",
+        default="text",
+        metavar="NAME",
+        help="column of a .csv or .tsv: its name in the first row; its number where there is no such row (%(default)s)",
+    )
+    texts.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of the file (%(default)s)")
     texts.add_argument("--unconditional", action="store_true", help="generate articles from nothing")
     texts.add_argument(
         "--interactive",
@@ -59,10 +76,46 @@ def build_parser() -> CommandLineParser:
         "--batch_size",
         type=_integer(1),
         metavar="N",
-        help="most texts that go through the model together (8 when generating, 16 when scoring)",
+        help="most texts that go through the model together (8 when generating; when scoring as many as fit)",
     )
     job.add_argument("--json", action="store_true", help="one JSON object a line")
     job.add_argument("--quiet", action="store_true", help="print only results (and warnings)")
+
+    scoring = parser.add_argument_group("scoring (--ppl)")
+    scoring.add_argument(
+        "--compare", nargs=2, default=[], metavar=("A", "B"), help="which of two texts is more fluent, and where"
+    )
+    scoring.add_argument(
+        "--explain", action="store_true", help="tint each character by its surprise, and say what was expected instead"
+    )
+    scoring.add_argument("--html", type=Path, metavar="PATH", help="write a page: heat maps, histogram, worst passages")
+    scoring.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write results to a .jsonl, .csv or .tsv file; the same command goes on with an interrupted run",
+    )
+    scoring.add_argument("--sort", choices=("ascending", "descending"), help="by PPL; ascending: the most fluent first")
+    scoring.add_argument("--threshold", type=_positive_number, metavar="X", help="only texts with a PPL of at most X")
+    scoring.add_argument("--invert", action="store_true", help="with --threshold: only the others")
+    scoring.add_argument("--add_eos", action="store_true", help="score the end of the article, too")
+    scoring.add_argument(
+        "--context",
+        type=_integer(1),
+        metavar="N",
+        help="texts longer than the model's window: tokens that a further window reads before its first scored token "
+        "(half of the window)",
+    )
+    scoring.add_argument(
+        "--stride", type=_integer(1), metavar="N", help="the same said otherwise: tokens that a further window scores"
+    )
+    scoring.add_argument(
+        "--batch_tokens",
+        type=_integer(1),
+        default=TOKENS_PER_BATCH,
+        metavar="N",
+        help="most tokens that go through the model together, padding included (%(default)s)",
+    )
 
     generation = parser.add_argument_group("generation")
     generation.add_argument(
@@ -163,10 +216,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     arguments = build_parser().parse_strictly(argv)
     has_texts = bool(arguments.text) or arguments.file is not None
+    _check_scoring(arguments)
     sources = [
         name
         for name, given in (
             ("--text or --file", has_texts),
+            ("--compare", bool(arguments.compare)),
             ("--unconditional", arguments.unconditional),
             ("--interactive", arguments.interactive),
         )
@@ -181,7 +236,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not sources:
         wanted = "--text, --file or --interactive"
         raise InputError(f"no text; give {wanted if arguments.ppl else '--unconditional, ' + wanted}")
+    if arguments.invert and arguments.threshold is None:
+        raise InputError("--invert turns --threshold around; give --threshold X, too")
     return arguments
+
+
+def _check_scoring(arguments: argparse.Namespace) -> None:
+    """Refuse options of scoring where nothing is scored, or only a text or two."""
+    given = [
+        name
+        for name in ("compare", "explain", "html", "output", "sort", "threshold", "add_eos", "context", "stride")
+        if getattr(arguments, name) not in (None, False, [])
+    ]
+    if given and not arguments.ppl:
+        raise InputError(f"--{given[0]} belongs to scoring; give --ppl, too")
+    alone = [name for name in given if name in ("html", "output", "sort", "threshold")]
+    if alone and (arguments.compare or arguments.interactive):
+        other = "--compare" if arguments.compare else "--interactive"
+        raise InputError(f"--{alone[0]} does not go with {other}; give --text or --file")
+    if arguments.output is not None:
+        require_output(arguments.output)
+        if arguments.explain and arguments.output.suffix.lower() != ".jsonl":
+            raise InputError(f"--explain needs more than a table holds; give --output {arguments.output.stem}.jsonl")
+    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
+        raise InputError(f"--html {arguments.html}: there is no folder {arguments.html.parent}; make it first")
 
 
 def _integer(smallest: int, largest: int | None = None) -> Callable[[str], int]:

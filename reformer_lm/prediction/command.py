@@ -15,9 +15,9 @@ from reformer_lm.errors import InputError
 from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
 from reformer_lm.prediction import reports
 from reformer_lm.prediction.arguments import parse_arguments
-from reformer_lm.prediction.inputs import decode_line, given_texts
+from reformer_lm.prediction.inputs import FileOptions, decode_line, given_texts, require_unicode
 from reformer_lm.prediction.saved_model import choose_device, load_model
-from reformer_lm.scoring import ScoreTotals, score_stream
+from reformer_lm.prediction.scoring_job import ScoringJob, join_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # In place of a line of text with --interactive.
 NEW_TEXT = "/new"
 GENERATION_BATCH_SIZE = 8
-SCORING_BATCH_SIZE = 16
 # What a shell reports for a program whose reader went away (SIGPIPE).
 EXIT_BROKEN_PIPE = EXIT_SIGNAL + 13
 
@@ -59,39 +58,31 @@ def _run(arguments: argparse.Namespace) -> None:
     """Do what was asked for."""
     # What costs nothing is checked before the model is loaded.
     device = choose_device(arguments.device)
-    texts = given_texts(arguments.text, arguments.file)
-    model, tokenizer = load_model(arguments.model_dir, device)
-    job = _Scoring(arguments, model, tokenizer) if arguments.ppl else _Generation(arguments, model, tokenizer)
+    require_unicode(arguments.text, "--text")
+    require_unicode(arguments.compare, "--compare")
+    if arguments.ppl:
+        leave = join_processes(arguments.file)
+        try:
+            _score(arguments, ScoringJob(arguments, *load_model(arguments.model_dir, device)))
+        finally:
+            leave()
+        return
+    job = _Generation(arguments, *load_model(arguments.model_dir, device))
     if arguments.interactive:
         _converse(job.turn, quiet=arguments.quiet)
     else:
-        job.run(iter([""]) if arguments.unconditional else texts)
+        options = FileOptions(arguments.field, arguments.column, arguments.encoding)
+        job.run(iter([""]) if arguments.unconditional else given_texts(arguments.text, arguments.file, options))
 
 
-class _Scoring:
+def _score(arguments: argparse.Namespace, job: ScoringJob) -> None:
     """--ppl."""
-
-    def __init__(
-        self, arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._batch_size = arguments.batch_size or SCORING_BATCH_SIZE
-        self._format = reports.score_json if arguments.json else reports.score_line
-        self._quiet = arguments.quiet
-
-    def turn(self, line: str) -> None:
-        """Score one line."""
-        self.run(iter([line]))
-
-    def run(self, texts: Iterator[str]) -> None:
-        """Print a line for each text, and to stderr the totals if there are several."""
-        totals = ScoreTotals()
-        for score in score_stream(self._model, self._tokenizer, texts, batch_size=self._batch_size):
-            print(self._format(score), flush=True)
-            totals.add(score)
-        if totals.texts > 1 and not self._quiet:
-            _note(reports.totals_line(totals))
+    if arguments.interactive:
+        _converse(job.turn, quiet=arguments.quiet)
+    elif arguments.compare:
+        job.compare()
+    else:
+        job.run()
 
 
 class _Generation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from reformer_lm.scoring import Score, ScoreTotals
 # Digits of a perplexity that are the same on any machine in single precision.
 PERPLEXITY_DIGITS = 5
 EMPTY = "(empty)"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _VISIBLE_BREAKS = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
@@ -29,24 +31,33 @@ def format_perplexity(value: float) -> str:
 
 def score_line(score: Score) -> str:
     """A score as three columns with tabs between them: perplexity, tokens, and the text on one line."""
-    text = score.text.translate(_VISIBLE_BREAKS) if score.tokens else EMPTY
-    return f"{format_perplexity(score.ppl)}\t{score.tokens}\t{text}"
+    return f"{format_perplexity(score.ppl)}\t{score.tokens}\t{on_one_line(score.text) if score.tokens else EMPTY}"
 
 
-def score_json(score: Score) -> str:
-    """A score as a JSON object; what is not a finite number is null."""
-    return to_json(
-        {
-            "text": score.text,
-            "ppl": score.ppl,
-            "nll": score.nll,
-            "tokens": score.tokens,
-            "unknown": score.unknown,
-            "characters": score.characters,
-            "ppl_per_character": score.ppl_per_character,
-            "bits_per_character": score.bits_per_character,
-        }
-    )
+def on_one_line(text: str) -> str:
+    """A text with its line breaks and tabs written out, and what the terminal cannot encode replaced."""
+    return text.translate(_VISIBLE_BREAKS).encode("utf-8", "replace").decode("utf-8")
+
+
+def score_record(score: Score, index: int) -> dict[str, Any]:
+    """A score for programs.
+
+    Args:
+        score: Of a text.
+        index: Of the text among all, from 0.
+    """
+    return {
+        "index": index,
+        "text": score.text,
+        "ppl": score.ppl,
+        "nll": score.nll,
+        "tokens": score.tokens,
+        "unknown": score.unknown,
+        "characters": score.characters,
+        "ppl_per_character": score.ppl_per_character,
+        "bits_per_character": score.bits_per_character,
+        "bits_per_byte": score.bits_per_byte,
+    }
 
 
 def totals_line(totals: ScoreTotals) -> str:
@@ -88,7 +99,15 @@ def sample_json(sample: GeneratedText, settings: GenerationSettings, seed: int) 
 
 def to_json(record: dict[str, Any]) -> str:
     """One line of JSON with Chinese as it is; floats that JSON cannot write become null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    finite = _finite(record)
+    line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    # JSON can write half of a surrogate pair, UTF-8 cannot.
+    return line if _SURROGATE.search(line) is None else json.dumps(finite, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +33,23 @@ def choose_device(name: str) -> torch.device:
         InputError: If there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Of torchrun's processes each takes a device of its own.
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d+))?|(\d+)", name, flags=re.ASCII)
     if match is None:
         raise InputError(f"--device {name!r} is not supported; give auto, cpu, cuda or cuda:1")
     # Not left to torch, which takes cuda:257 for cuda:1.
-    index = int(match[1] or match[2] or 0)
+    index = int(match[1] or match[2] or local_rank())
     if index >= torch.cuda.device_count():
         raise InputError(f"--device {name!r}: torch finds {torch.cuda.device_count()} CUDA devices; give auto or cpu")
     return torch.device("cuda", index)
+
+
+def local_rank() -> int:
+    """The number of this process among those of torchrun on this machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -27,8 +27,8 @@ def score_distributed(
     """Score texts by all processes of the default process group, or by this one where there is none.
 
     Every process must call this with the same texts and run the iterator to its end. A text's score is the one that a
-    single process gives: it does not depend on what is scored beside it. Results travel as pickled objects over the CPU,
-    for which the group needs gloo.
+    single process gives: it does not depend on what is scored beside it. Results travel as pickled objects, for
+    which the group needs gloo.
 
     Args:
         model: As in ``score``; a whole copy in each process.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,23 @@ class ScoreTotals:
 
     def add(self, score: Score) -> None:
         """Count one more text."""
+        self._add(score.tokens, score.unknown, score.characters, score.nll)
+
+    def add_record(self, record: Mapping[str, Any]) -> None:
+        """Count a text by what was written down of it: tokens, unknown, characters, nll (null is infinite)."""
+        nll = math.inf if record["nll"] is None else record["nll"]
+        self._add(record["tokens"], record["unknown"], record["characters"], nll)
+
+    def _add(self, tokens: int, unknown: int, characters: int, nll: float) -> None:
         self.texts += 1
-        if score.tokens == 0:
+        if tokens == 0:
             return
         self.scored_texts += 1
-        self.tokens += score.tokens
-        self.unknown += score.unknown
-        self.characters += score.characters
-        self.nll += score.nll
-        self._sum_of_perplexities += score.ppl
+        self.tokens += tokens
+        self.unknown += unknown
+        self.characters += characters
+        self.nll += nll
+        self._sum_of_perplexities += _perplexity(nll, tokens)
 
     @property
     def ppl(self) -> float:

@@ -6,20 +6,18 @@ anything. Everything that comes from outside this file, texts above all, is esca
 
 from __future__ import annotations
 
-import html
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reformer_lm.training.charts import Mark, Series, bucket_chart, line_chart, short_number
-from reformer_lm.training.report_style import STYLE
+from reformer_lm.pages.charts import Mark, Series, bucket_chart, line_chart, short_number
+from reformer_lm.pages.document import document, escaped, section
 
 # Older ones are in metrics.jsonl.
 MAX_SAMPLES = 30
 MAX_VALIDATIONS = 400
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -54,39 +52,20 @@ def build_page(report: RunReport) -> str:
     """The page, as HTML."""
     parts = [
         _result(report),
-        _section("Curves", _curves(report), "wide"),
-        _section("Buckets", _buckets(report)),
-        _section("Validation by step", _validations(report)),
-        _section("Samples", _samples(report)),
-        _section("Settings", _settings(report)),
-        _section("Machine and versions", _machine(report)),
-        _section("Starts", _starts(report)),
+        section("Curves", _curves(report), "wide"),
+        section("Buckets", _buckets(report)),
+        section("Validation by step", _validations(report)),
+        section("Samples", _samples(report)),
+        section("Settings", _settings(report)),
+        section("Machine and versions", _machine(report)),
+        section("Starts", _starts(report)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_escaped(_title(report))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(_title(report), parts)
 
 
 def _title(report: RunReport) -> str:
     folder = report.settings.get("training", {}).get("output_dir", "")
     return f"Training run {str(folder).rstrip('/')}".strip()
-
-
-def _escaped(value: Any) -> str:
-    # A lone surrogate, of which UTF-8 knows none, would make the page unwritable.
-    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
-
-
-def _section(title: str, content: str, kind: str = "") -> str:
-    if not content:
-        return ""
-    return f'<section class="{kind}">\n<h2>{_escaped(title)}</h2>\n{content}\n</section>'
 
 
 def _result(report: RunReport) -> str:
@@ -126,14 +105,14 @@ def _result(report: RunReport) -> str:
     if skipped:
         tiles.append(("Steps left out", f"{skipped:,.0f}", "loss or gradient not finite"))
     cells = "".join(
-        f"<div><dt>{_escaped(label)}</dt><dd>{_escaped(value)}<small>{_escaped(note)}</small></dd></div>"
+        f"<div><dt>{escaped(label)}</dt><dd>{escaped(value)}<small>{escaped(note)}</small></dd></div>"
         for label, value, note in tiles
     )
     started = f"started {first['time'][:16].replace('T', ' ')}" if isinstance(first.get("time"), str) else ""
     facts = [started, _model_in_words(report), str(first.get("precision", ""))]
-    about = ", ".join(_escaped(fact) for fact in facts if fact)
+    about = ", ".join(escaped(fact) for fact in facts if fact)
     return (
-        f"<header>\n<h1>{_escaped(_title(report))}</h1>\n<p><strong>{_escaped(report.outcome)}</strong></p>\n"
+        f"<header>\n<h1>{escaped(_title(report))}</h1>\n<p><strong>{escaped(report.outcome)}</strong></p>\n"
         f'<p>{about}</p>\n<dl class="tiles">{cells}</dl>\n</header>'
     )
 
@@ -237,7 +216,7 @@ def _samples(report: RunReport) -> str:
     shown = list(reversed(samples[-MAX_SAMPLES:]))
     boxes = [
         f"<details{' open' if index == 0 else ''}><summary>Step {step:,}</summary>"
-        f'<p class="sample" lang="zh">{_escaped(text)}</p></details>'
+        f'<p class="sample" lang="zh">{escaped(text)}</p></details>'
         for index, (step, text) in enumerate(shown)
     ]
     more = f"<p>The last {MAX_SAMPLES} of {len(samples):,}.</p>\n" if len(samples) > MAX_SAMPLES else ""
@@ -246,7 +225,7 @@ def _samples(report: RunReport) -> str:
 
 def _settings(report: RunReport) -> str:
     tables = [
-        f"<div><h3>{_escaped(part)}</h3>{_table(report.settings[part])}</div>"
+        f"<div><h3>{escaped(part)}</h3>{_table(report.settings[part])}</div>"
         for part in ("model", "training")
         if report.settings.get(part)
     ]
@@ -258,7 +237,7 @@ def _machine(report: RunReport) -> str:
         return ""
     newest = report.starts[-1]
     tables = [
-        f"<div><h3>{_escaped(title)}</h3>{_table(newest[key])}</div>"
+        f"<div><h3>{escaped(title)}</h3>{_table(newest[key])}</div>"
         for title, key in (("Hardware", "hardware"), ("Versions", "versions"), ("Data", "data"))
         if isinstance(newest.get(key), Mapping)
     ]
@@ -272,18 +251,18 @@ def _starts(report: RunReport) -> str:
         made_of = ""
         if isinstance(commit, Mapping):
             changed = ", with changes that are not committed" if commit.get("has_changes") else ""
-            made_of = f"<br>commit <code>{_escaped(commit.get('hash'))}</code>{changed}"
+            made_of = f"<br>commit <code>{escaped(commit.get('hash'))}</code>{changed}"
         command = shlex.join([str(start.get("program", "")), *map(str, start.get("arguments", []))])
         items.append(
-            f"<li>{_escaped(start.get('time', ''))}, at step {_escaped(start.get('step', 0))}, in "
-            f"<code>{_escaped(start.get('folder', ''))}</code><br><code>{_escaped(command)}</code>{made_of}</li>"
+            f"<li>{escaped(start.get('time', ''))}, at step {escaped(start.get('step', 0))}, in "
+            f"<code>{escaped(start.get('folder', ''))}</code><br><code>{escaped(command)}</code>{made_of}</li>"
         )
     return f"<ol>{''.join(items)}</ol>" if items else ""
 
 
 def _table(content: Mapping[str, Any]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_escaped(key)}</th><td>{_escaped(_value(value))}</td></tr>'
+        f'<tr><th scope="row">{escaped(key)}</th><td>{escaped(_value(value))}</td></tr>'
         for key, value in content.items()
     )
     return f'<div class="scroll"><table>{rows}</table></div>'

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from reformer_lm.training.charts import MAX_POINTS, Mark, Series, bucket_chart, line_chart, short_number
+from reformer_lm.pages.charts import MAX_POINTS, Mark, Series, bucket_chart, line_chart, short_number
 from reformer_lm.training.report_page import RunReport, best_validation, build_page
 
 # Elements without an end, and those of SVG that end where they begin unless they hold a title.

@@ -145,6 +145,43 @@ def bucket_chart(caption: str, sizes: Sequence[tuple[int, int]], largest: int) -
     return f"<figure><figcaption>{html.escape(caption)}</figcaption>{picture}</figure>"
 
 
+def histogram(caption: str, bars: Sequence[tuple[float, float, int]], unit: str) -> str:
+    """A figure of how many things lie in which range; "" without any.
+
+    Args:
+        caption: Above it.
+        bars: Low end, high end and number of each range, in order and without gaps.
+        unit: What is counted, for the numbers that appear under the pointer.
+    """
+    total, most = sum(count for *_, count in bars), max((count for *_, count in bars), default=0)
+    if not most:
+        return ""
+    step = (WIDTH - LEFT - RIGHT) / len(bars)
+    ground = HEIGHT - BOTTOM
+    scale = _Scale(0, most, ground, TOP)
+    parts = []
+    for value in _ticks(0, most, 4):
+        at = f"{scale(value):.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{scale(value) + 4:.1f}">{short_number(value)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{ground}" y2="{ground}"/>')
+    # Numbers stand at the edges between bars, as many as have room.
+    every = -(-len(bars) // 6)
+    for index, (low, high, count) in enumerate(bars):
+        left = LEFT + index * step
+        if index % every == 0:
+            parts.append(f'<text class="middle" x="{left:.1f}" y="{HEIGHT - 10}">{short_number(low)}</text>')
+        if count:
+            top = min(scale(count), ground - 1)
+            parts.append(
+                f'<rect class="bar" x="{left + 1:.1f}" width="{step - 2:.1f}" y="{top:.1f}" '
+                f'height="{ground - top:.1f}"><title>{short_number(low)} to {short_number(high)}: {count:,} '
+                f"{html.escape(unit)} ({count / total:.1%})</title></rect>"
+            )
+    picture = _svg(WIDTH, HEIGHT, caption, "".join(parts))
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{picture}</figure>"
+
+
 def short_number(value: float) -> str:
     """A number in a few characters: 3e-4, 0.25, 12.5, 4,096, 1.2M."""
     if value == 0:

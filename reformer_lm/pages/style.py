@@ -1,4 +1,4 @@
-"""The look of the report page: one column on a phone, light or dark as the reader's system is."""
+"""The look of all pages: one column on a phone, light or dark as the reader's system is."""
 
 STYLE = """
 :root {
