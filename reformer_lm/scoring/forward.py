@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.scoring.batches import Batch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Positions of all rows together whose probabilities are normalised at once: [512, vocabulary] floats.
 POSITIONS_PER_CHUNK = 512
+# Positions of a chunk are a multiple of it (see stream.py about lengths).
+ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -49,52 +52,56 @@ def score_batch(model: PreTrainedModel, batch: Batch, alternatives: int = 0) -> 
     rows = len(batch.windows)
     input_ids_BT = torch.zeros((rows, batch.length), dtype=torch.long)
     targets_BT = torch.zeros_like(input_ids_BT)
+    is_scored_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     for row, window in enumerate(batch.windows):
         input_ids_BT[row, : len(window.inputs)] = torch.tensor(window.inputs)
         targets_BT[row, : len(window.targets)] = torch.tensor(window.targets)
+        scored = slice(len(window.inputs) - (window.end_scored - window.first_scored), len(window.inputs))
+        is_scored_BT[row, scored] = True
     # No attention mask: nothing that stands behind a token can reach it. A mask would make the model cut the
     # batch to its longest row, and the length would depend on the company.
     device = getattr(model, "device", torch.device("cpu"))
-    size = max(1, POSITIONS_PER_CHUNK // rows)
-    chunks = [
-        _describe(logits, targets, alternatives)
-        for logits, targets in zip(
-            _logit_chunks(model, input_ids_BT.to(device), size), targets_BT.to(device).split(size, dim=1), strict=True
-        )
-    ]
-    surprisals_BT, ranks_BT, ids_BTK, log_probabilities_BTK = (
-        torch.cat(parts, dim=1).tolist() for parts in zip(*chunks, strict=True)
-    )
+    places = is_scored_BT.flatten().nonzero().squeeze(-1).to(device)
+    logit_chunks = _logit_chunks(model, input_ids_BT.to(device), places)
+    targets = targets_BT.to(device).flatten()[places].split(POSITIONS_PER_CHUNK)
+    parts = [_describe(logits, chunk, alternatives) for logits, chunk in zip(logit_chunks, targets, strict=True)]
+    surprisals, ranks, ids, log_probabilities = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
     found = []
-    for row, window in enumerate(batch.windows):
-        scored = slice(len(window.inputs) - (window.end_scored - window.first_scored), len(window.inputs))
+    end = 0
+    for window in batch.windows:
+        begin, end = end, end + window.end_scored - window.first_scored
         if not alternatives:
-            found.append(TokenScores(surprisals_BT[row][scored]))
+            found.append(TokenScores(surprisals[begin:end]))
             continue
-        pairs = zip(ids_BTK[row][scored], log_probabilities_BTK[row][scored], strict=True)
-        likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
-        found.append(TokenScores(surprisals_BT[row][scored], ranks_BT[row][scored], likeliest))
+        pairs = zip(ids[begin:end], log_probabilities[begin:end], strict=True)
+        likeliest = [tuple(zip(tokens, values, strict=True)) for tokens, values in pairs]
+        found.append(TokenScores(surprisals[begin:end], ranks[begin:end], likeliest))
     return found
 
 
-def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, size: int) -> Iterator[Tensor]:
-    """The logits of a batch, so many positions at a time: all of them at once may be gigabytes."""
+def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, places: Tensor) -> Iterator[Tensor]:
+    """The logits [N, vocabulary] in some places of a batch, so many at a time: all of them may be gigabytes."""
     if isinstance(model, ReformerLMForCausalLM):
-        for hidden in model.reformer(input_ids_BT).last_hidden_state.split(size, dim=1):
-            yield model.compute_logits(hidden)
+        hidden = model.reformer(input_ids_BT).last_hidden_state.flatten(0, 1)
+        for chunk in places.split(POSITIONS_PER_CHUNK):
+            # Products of such shapes add up in the same order for many rows as for few.
+            padded = functional.pad(chunk, (0, -len(chunk) % ROWS_MULTIPLE))
+            yield model.compute_logits(hidden[padded])[: len(chunk)]
     else:
         # Another model may do more to its logits than apply its output layer.
-        yield from model(input_ids=input_ids_BT).logits.split(size, dim=1)
+        logits = model(input_ids=input_ids_BT).logits.flatten(0, 1)
+        for chunk in places.split(POSITIONS_PER_CHUNK):
+            yield logits[chunk]
 
 
-def _describe(logits: Tensor, targets_BT: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Surprisals, ranks, likeliest ids and their log probabilities, in float32 or better, on the CPU."""
+def _describe(logits: Tensor, targets: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some places: surprisals, ranks, likeliest ids, their log probabilities, in float32 or better, on the CPU."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=dtype)
-    own = log_probabilities.gather(-1, targets_BT.unsqueeze(-1))
+    own = log_probabilities.gather(-1, targets.unsqueeze(-1))
     surprisals = -own.squeeze(-1).double().cpu()
     if not alternatives:
-        nothing = torch.empty((*targets_BT.shape, 0))
+        nothing = torch.empty((len(targets), 0))
         return surprisals, nothing, nothing, nothing
     ranks = (log_probabilities >= own).sum(-1)
     best = log_probabilities.topk(min(alternatives, logits.shape[-1]), dim=-1)

@@ -3,98 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from language_models import BEGIN, END, FIRST, NEWLINE, SECOND, THIRD, bigram, random_texts
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.errors import InputError
 from reformer_lm.scoring import Score, ScoreTotals, score, score_stream
 from reformer_lm.scoring.batches import TOKENS_PER_BATCH
 from reformer_lm.text import load_tokenizer
-
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-HANZI = "甲乙丙丁山水云风花雪月春夏秋冬天地人"
-PAD, UNKNOWN, END, NEWLINE, BEGIN = range(5)
-FIRST, SECOND, THIRD, FOURTH = range(5, 9)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    path.write_text("\n".join([*SPECIALS, *HANZI]), encoding="utf-8")
-    return load_tokenizer(path)
-
-
-def random_texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    return ["".join(HANZI[i] for i in torch.randint(len(HANZI), (length,), generator=generator)) for length in lengths]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(0)
-    config = ReformerLMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        bucket_size=8,
-        num_hashes=2,
-        # Larger than usual weights: with the default ones all probabilities are nearly the same.
-        initializer_range=0.3,
-    )
-    return ReformerLMForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def exact_model(model):
-    twin = ReformerLMForCausalLM(model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin.double().eval()
-
-
-class BigramModel(nn.Module):
-    """A language model of known probabilities: row i holds those of the token after token i.
-
-    After a token without a row, padding for one, nothing is possible, and the likelihood of what follows is
-    nan. It remembers the shapes that it was asked for.
-    """
-
-    def __init__(self, rows: dict[int, dict[int, float]], size: int, window: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        table = torch.zeros(size, size, dtype=torch.float64)
-        for token, following in rows.items():
-            for successor, probability in following.items():
-                table[token, successor] = probability
-        self.log_probabilities = table.log().to(dtype)
-        self.config = SimpleNamespace(max_position_embeddings=window)
-        self.shapes: list[tuple[int, int]] = []
-
-    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
-        assert input_ids.shape[1] <= self.config.max_position_embeddings
-        self.shapes.append(tuple(input_ids.shape))
-        return SimpleNamespace(logits=self.log_probabilities[input_ids])
-
-
-def bigram(window: int = 16, dtype: torch.dtype = torch.float64) -> BigramModel:
-    rows = {
-        BEGIN: {FIRST: 1 / 2, SECOND: 1 / 4, THIRD: 1 / 4},
-        FIRST: {SECOND: 1 / 8, FIRST: 1 / 2, END: 1 / 4, UNKNOWN: 1 / 8},
-        SECOND: {FIRST: 1 / 2, THIRD: 1 / 2},
-        THIRD: {THIRD: 1 / 16, FIRST: 7 / 16, NEWLINE: 1 / 2},
-        NEWLINE: {FIRST: 1.0},
-        UNKNOWN: {UNKNOWN: 1.0},
-    }
-    return BigramModel(rows, size=5 + len(HANZI), window=window, dtype=dtype)
-
 
 # --- known values
 
@@ -340,7 +262,7 @@ def test_tokens_behind_the_first_window_see_their_context(tokenizer, exact_model
 
 
 def test_texts_are_taken_as_needed(tokenizer, monkeypatch):
-    monkeypatch.setattr("reformer_lm.scoring.scores.TEXTS_PER_BLOCK", 4)
+    monkeypatch.setattr("reformer_lm.scoring.stream.TEXTS_PER_BLOCK", 4)
     taken = []
 
     def texts() -> Iterator[str]:
