@@ -30,7 +30,11 @@ demo: model/model.safetensors
 test: $(VENV)/.installed-dev lint types
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 -q
 
-test-slow: $(VENV)/.installed-dev
+$(VENV)/.installed-slow: requirements-slow.txt requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements-slow.txt
+	touch $(VENV)/.installed $(VENV)/.installed-dev $@
+
+test-slow: $(VENV)/.installed-slow
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 -q -m slow
 
 test-cuda: $(VENV)/.installed-dev
