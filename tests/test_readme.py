@@ -50,8 +50,10 @@ def test_commands_are_accepted(command: list[str], monkeypatch: pytest.MonkeyPat
             parse_train(arguments)
         case ["torchrun", "--nproc_per_node", _, "train_reformer.py", *arguments]:
             parse_train(arguments)
-        case ["python", "predict.py", *arguments]:
+        case ["python", "predict.py", *arguments] | ["torchrun", "--nproc_per_node", _, "predict.py", *arguments]:
             parse_predict(arguments)
+        case ["pip", "install", requirement]:
+            assert requirement in (ROOT / "requirements-slow.txt").read_text(encoding="utf-8")
         case ["python", script, *_] if script.startswith("examples/"):
             # They run in tests of their own.
             assert (ROOT / script).exists()

@@ -19,15 +19,16 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
-    for name in ("reformer_lm", "configs", "data"):
+    for name in ("reformer_lm", "configs", "data", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "tokenized"))
     for name in ("train_reformer.py", "predict.py"):
         shutil.copy(ROOT / name, tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
-    # A step on a million tokens has a benchmark of its own.
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ") and "million" not in line]
-    assert [command[0] for command in commands] == ["train_reformer.py", "predict.py", "predict.py"]
+    # A step on a million tokens has a benchmark of its own, and examples have tests.
+    elsewhere = re.compile("million|^python examples/")
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ") and not elsewhere.search(line)]
+    assert [command[0] for command in commands] == ["train_reformer.py", *["predict.py"] * 4]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     outputs = []
     for command in commands:
@@ -37,7 +38,9 @@ def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path) -> None:
         assert finished.returncode == 0, finished.stderr[-2000:]
         outputs.append(finished.stdout)
 
-    training, generated, scored = outputs
+    training, generated, scored, compared, _ = outputs
+    assert "A is more fluent" in compared
+    assert "Least fluent passages" in (tmp_path / "report.html").read_text(encoding="utf-8")
     first, last = (
         float(x.replace(",", "")) for x in re.search(r"PPL ([\d,.]+) at first, ([\d,.]+) now", training).groups()
     )
