@@ -98,11 +98,14 @@ def explanation_lines(score: Score, tokenizer: PreTrainedTokenizerFast, colours:
 
 def _only(score: Score, places: Sequence[int]) -> Score:
     """A score of some of its tokens, so that the others need not be decoded."""
-    picked = {
-        name: tuple(getattr(score, name)[place] for place in places)
-        for name in ("token_ids", "surprisals", "spans", "ranks", "alternatives")
-    }
-    return replace(score, **picked)
+    return replace(
+        score,
+        token_ids=tuple(score.token_ids[place] for place in places),
+        surprisals=tuple(score.surprisals[place] for place in places),
+        spans=tuple(score.spans[place] for place in places),
+        ranks=tuple(score.ranks[place] for place in places),
+        alternatives=tuple(score.alternatives[place] for place in places),
+    )
 
 
 def explain(score: Score, tokenizer: PreTrainedTokenizerFast, most: int | None = None) -> list[dict[str, Any]]:

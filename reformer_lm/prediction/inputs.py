@@ -117,8 +117,11 @@ def _is_packed_table(path: Path) -> bool:
 
 def _read_table(file: TextFile, delimiter: str, column: str) -> Iterator[str]:
     # Tabs divide a .tsv whatever stands between them: quotation marks in it belong to the text.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader((line + "\n" for line in file.lines()), delimiter=delimiter, quoting=quoting, strict=True)
+    lines = (line + "\n" for line in file.lines())
+    if delimiter == "\t":
+        rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
     place = int(column) - 1 if column.isdecimal() else -1
     try:
         for row in rows:

@@ -168,10 +168,12 @@ def check_options(
         raise InputError(f"batch_tokens must be at least 1, got {batch_tokens}")
     if alternatives < 0:
         raise InputError(f"alternatives must be at least 0, got {alternatives}")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is None and window is None:
-        raise InputError(f"how many tokens a {model.config.model_type} model reads at once is not known; give a window")
-    window = int(longest) if window is None else window
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    if window is None:
+        if longest is None:
+            kind = model.config.model_type
+            raise InputError(f"how many tokens a {kind} model reads at once is not known; give a window")
+        window = int(longest)
     if not 1 <= window <= (longest or window):
         raise InputError(f"window must be from 1 to the model's {longest} tokens, got {window}")
     if stride is not None:
