@@ -52,7 +52,7 @@ def test_contenders_are_of_one_size() -> None:
 
 def test_memory_goes_into_file_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "memory.json")]
-    arguments = ["--tokens", "256", "--depths", "2", "--contenders", "ours", "--repetitions", "1", *FLAGS, *out]
+    arguments = ["--tokens", "4096", "--depths", "2", "--contenders", "ours", "--repetitions", "1", *FLAGS, *out]
     memory.main(arguments)
     first = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
     (row,) = first["rows"]
