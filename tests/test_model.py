@@ -44,6 +44,9 @@ VARIANTS = [
     {"position_type": "none", "lsh_window": 3, "num_local_heads": [4, 1], "num_mem_kv": 2},
     {"lsh_window": 20, "num_local_heads": 0, "allow_duplicate_attention": False, "full_attention_threshold": 9},
     {"num_buckets": 300, "num_hashes": 3, "ff_chunk_size": 5, "local_window": 3, "lm_head_bias": True},
+    {"share_layer_weights": True, "one_value_head": True, "num_mem_kv": 2, "key_norm": "rms_eps"},
+    {"merge_streams": "concatenate", "num_buckets": [2, 6, 4], "attention_output_bias": False},
+    {"merge_streams": "concatenate", "tie_word_embeddings": False, "unit_output_vectors": True},
 ]
 
 
