@@ -76,6 +76,8 @@ class ReformerLMConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of the norms.
         ff_activation: "gelu", "gelu_tanh", "relu", "silu", or the gated "geglu", "swiglu", "reglu".
         ff_chunk_size: tokens per piece of the feed-forward block; 0 means all at once.
+        product_key_layers: layers, from 0, whose feed-forward block is a product-key memory (Lample et al. 2019).
+        product_keys: half keys in each of its two sets; it has their square of values.
         attn_chunks: groups of heads that attention works off one after the other, so that what it computes for the
             backward pass exists for one group at a time.
         reversible: what training keeps for the backward pass: "full", of all layers only the last one's output;
@@ -142,6 +144,8 @@ class ReformerLMConfig(PreTrainedConfig):
         layer_norm_eps: float = 1e-5,
         ff_activation: str = "gelu",
         ff_chunk_size: int = 0,
+        product_key_layers: list[int] | tuple[int, ...] = (),
+        product_keys: int = 128,
         attn_chunks: int = 1,
         reversible: str = "full",
         reversible_threshold: int = 0,
@@ -192,6 +196,8 @@ class ReformerLMConfig(PreTrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.ff_activation = ff_activation
         self.ff_chunk_size = ff_chunk_size
+        self.product_key_layers = list(product_key_layers)
+        self.product_keys = product_keys
         self.attn_chunks = attn_chunks
         self.reversible = reversible
         self.reversible_threshold = reversible_threshold
@@ -239,7 +245,7 @@ class ReformerLMConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
-            "num_hashes attn_chunks"
+            "num_hashes attn_chunks product_keys"
         ).split():
             self._require_count(name, 1)
         for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
@@ -268,6 +274,9 @@ class ReformerLMConfig(PreTrainedConfig):
         factors = self.num_buckets if isinstance(self.num_buckets, list) else [self.num_buckets]
         if not factors or any(factor is not None and (factor < 2 or factor % 2) for factor in factors):
             raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2, or a list of such")
+        if not set(self.product_key_layers) <= set(range(0 if self.share_layer_weights else self.num_hidden_layers)):
+            remedy = "give indices of layers, and none with share_layer_weights=True"
+            raise _impossible("product_key_layers", self.product_key_layers, remedy)
         self._check_heads()
         self._check_positions()
 

@@ -23,6 +23,7 @@ OPTIONS = [
     {"embedding_size": 12, "norm_type": "scalenorm", "ff_activation": "swiglu", "rehash": "step"},
     {"share_layer_weights": True, "one_value_head": True, "num_mem_kv": 2, "key_norm": "rms_eps"},
     {"num_buckets": [2, 6, 4], "merge_streams": "concatenate", "unit_output_vectors": True},
+    {"product_key_layers": [0, 2], "product_keys": 12},
 ]
 
 

@@ -83,7 +83,8 @@ def to_reformer_pytorch(model: ReformerLMForCausalLM) -> tuple[dict[str, Tensor]
 
     An activation other than GELU is given by its name ("ReLU"), where ReformerLM wants the class of ``torch.nn``;
     ``lsh_attend_across_buckets`` and ``lsh_allow_duplicate_attention``, there only where they are false, belong to
-    Reformer.
+    Reformer. From JSON ``pkm_layers`` and ``axial_position_shape`` come as lists, and ReformerLM wants tuples (of a
+    list of ``pkm_layers`` it would make ordinary layers without a word).
 
     Args:
         model: Ours.

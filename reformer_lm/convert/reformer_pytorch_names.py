@@ -17,6 +17,12 @@ _OF_LAYER = {
     "g.net.fn.fn.w1.bias": "feed_forward.inner.bias",
     "g.net.fn.fn.w2.weight": "feed_forward.output.weight",
     "g.net.fn.fn.w2.bias": "feed_forward.output.bias",
+    # Where it is a product-key memory.
+    "g.net.fn.to_queries.weight": "feed_forward.queries.weight",
+    "g.net.fn.norm.weight": "feed_forward.query_norm.weight",
+    "g.net.fn.norm.bias": "feed_forward.query_norm.bias",
+    "g.net.fn.keys": "feed_forward.keys",
+    "g.net.fn.values.weight": "feed_forward.values.weight",
 }
 # The same, by norm_type.
 _OF_NORMS = {

@@ -118,10 +118,9 @@ def _refuse(options: Mapping[str, Any]) -> None:
         )
     if options["return_embeddings"]:
         raise InputError("return_embeddings is set: a model without an output layer has no counterpart here")
-    if options["pkm_layers"]:
+    if options["pkm_layers"] and options["weight_tie"]:
         raise InputError(
-            f"pkm_layers={list(options['pkm_layers'])}: product-key memory in place of the feed-forward block has no "
-            "counterpart here"
+            "pkm_layers together with weight_tie has no counterpart here: layers of two kinds share nothing"
         )
 
 
@@ -146,6 +145,8 @@ def config_of_options(options: Mapping[str, Any], *, causal: bool = False) -> Re
         "attn_chunks": min(options["attn_chunks"], options["heads"]),
         "ff_activation": _activation(options["ff_activation"], bool(options["ff_glu"])),
         "position_type": next((kind for name, kind in _POSITIONS.items() if options[name]), "rotary"),
+        "product_key_layers": [layer - 1 for layer in options["pkm_layers"]],
+        "product_keys": options["pkm_num_keys"],
         # They draw new rotations in every forward pass.
         "rehash": "step",
         "tie_word_embeddings": options["weight_tie_embedding"],
@@ -204,6 +205,8 @@ def options_of_config(config: ReformerLMConfig) -> dict[str, Any]:
         "ff_chunks": -(-longest // config.ff_chunk_size) if config.ff_chunk_size else 1,
         "attn_chunks": config.attn_chunks,
         "emb_dim": config.embedding_size,
+        "pkm_layers": tuple(layer + 1 for layer in sorted(config.product_key_layers)),
+        "pkm_num_keys": config.product_keys,
         "use_scale_norm": config.norm_type == "scalenorm",
         "use_rezero": config.norm_type == "rezero",
         "weight_tie_embedding": config.unit_output_vectors,
@@ -212,7 +215,7 @@ def options_of_config(config: ReformerLMConfig) -> dict[str, Any]:
     if isinstance(config.num_local_heads, list):
         options["n_local_attn_heads"] = config.num_local_heads[0]
     if config.position_type == "axial":
-        options["axial_position_shape"] = list(config.axial_shape or [])
+        options["axial_position_shape"] = tuple(config.axial_shape or ())
     if config.full_attention_threshold >= _ALWAYS_FULL:
         options |= {"use_full_attn": True, "full_attn_thres": 0}
     if config.reversible == "off":

@@ -27,10 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.attention import LSHSelfAttention
-from reformer_lm.layers.feed_forward import FeedForward
+from reformer_lm.layers.feed_forward import FeedForward, TokenBlock
 from reformer_lm.layers.heads import AttentionReplay
 from reformer_lm.layers.lending import Borrower
 from reformer_lm.layers.norms import make_gate, make_norm
+from reformer_lm.layers.product_key_memory import ProductKeyMemory
 from reformer_lm.layers.sequence import SequenceInfo
 
 
@@ -45,7 +46,7 @@ class ReversibleLayer(Borrower):
 
     lent = ("feed_forward",)
     attention: LSHSelfAttention
-    feed_forward: FeedForward
+    feed_forward: TokenBlock
 
     def __init__(self, config: ReformerLMConfig, layer_index: int, lender: ReversibleLayer | None = None) -> None:
         super().__init__(lender)
@@ -54,7 +55,8 @@ class ReversibleLayer(Borrower):
         self.attention_gate = make_gate(config)
         self.feed_forward_norm = make_norm(config)
         if lender is None:
-            self.feed_forward = FeedForward(config)
+            block = ProductKeyMemory if layer_index in config.product_key_layers else FeedForward
+            self.feed_forward = block(config)
         self.feed_forward_gate = make_gate(config)
 
     def weights(self, blocks: tuple[str, ...]) -> list[nn.Parameter]:
@@ -89,7 +91,7 @@ class ReversibleLayer(Borrower):
 
     def feed_forward_branch(self, x: Tensor) -> Tensor:
         """What the feed-forward block adds to the second stream, [B, T, hidden_size]."""
-        x = self.feed_forward_norm(x.to(self.feed_forward.inner.weight.dtype))
+        x = self.feed_forward_norm(x.to(self.feed_forward.weight_dtype))
         return self.feed_forward_gate(self.feed_forward(x))
 
 
