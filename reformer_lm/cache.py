@@ -40,10 +40,12 @@ class LSHCacheLayer(CacheLayerMixin):
         config = self._config
         local = config.local_heads_of(self._layer_index)
         heads = config.num_attention_heads - local
-        assert config.num_buckets is not None and config.lsh_window is not None and config.local_window is not None
+        assert (
+            config.buckets_per_round is not None and config.lsh_window is not None and config.local_window is not None
+        )
         if heads:
             self.lsh = LSHRings(
-                batch, heads, config.num_hashes, config.num_buckets, window=config.lsh_window,
+                batch, heads, config.num_hashes, config.buckets_per_round, window=config.lsh_window,
                 key_norm=config.key_norm, num_shifted_heads=config.shifted_heads_of(self._layer_index),
                 allow_duplicates=config.allow_duplicate_attention,
                 full_attention_threshold=config.full_attention_threshold,

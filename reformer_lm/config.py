@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 
@@ -13,6 +13,7 @@ from reformer_lm.ops.keys import KeyNorm
 FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu")
 POSITION_TYPES = ("axial", "rotary", "absolute", "sinusoidal", "none")
 NORM_TYPES = ("layernorm", "scalenorm", "rezero")
+STREAM_MERGES = ("mean", "concatenate")
 
 
 class ReformerLMConfig(PreTrainedConfig):
@@ -34,9 +35,11 @@ class ReformerLMConfig(PreTrainedConfig):
         num_hashes: hash rounds.
         num_buckets: buckets per round, even; None means max_position_embeddings / bucket_size rounded up to even
             (with lsh_mask="chunked": the current length / bucket_size, as reformer-pytorch does). Above 128 it is
-            rounded up to a product of two even factors, each hashed by a rotation of its own.
+            rounded up to a product of two even factors, each hashed by a rotation of its own. A list gives the
+            factors, whatever their size (the first one counts most in the order of the buckets).
         lsh_mask: "causal", exactly causal; or "chunked", the fixed chunks of reformer-pytorch and transformers.
-        key_norm: length of the shared keys, "rms" (sqrt(head_dim)) or "unit" (1, as in reformer-pytorch).
+        key_norm: length of the shared keys, "rms" (sqrt(head_dim)), "rms_eps" (the same, but for 1e-6 added to the
+            mean square, as in trax and transformers) or "unit" (1, as in reformer-pytorch).
         rehash: "fixed" rotations, or fresh ones at each training "step".
         hash_seed: seed of the rotations, together with the layer's index.
         num_shifted_heads: LSH heads that read the value that *followed* a match; a number, or a list with one per
@@ -48,6 +51,8 @@ class ReformerLMConfig(PreTrainedConfig):
             tokens (position by position, so the model stays exactly causal); with "chunked", sequences up to this
             length use full attention.
         attend_across_buckets: "chunked" only: whether a token sees other buckets of its two chunks.
+        one_value_head: whether all heads read the same values, from a projection of one head's width.
+        attention_output_bias: whether the attention's output projection has a bias.
 
     Local heads:
         num_local_heads: heads with windowed attention; a number, or a list with one per layer (layers of local heads
@@ -65,10 +70,14 @@ class ReformerLMConfig(PreTrainedConfig):
             parts have the full width and are summed.
 
     Blocks:
+        share_layer_weights: whether all layers have the first one's attention and feed-forward weights. Norms, gates
+            and hash rotations stay their own.
         norm_type: "layernorm", "scalenorm" or "rezero" (a learned factor, starting at 0, in place of a norm).
         layer_norm_eps: epsilon of the norms.
         ff_activation: "gelu", "gelu_tanh", "relu", "silu", or the gated "geglu", "swiglu", "reglu".
         ff_chunk_size: tokens per piece of the feed-forward block; 0 means all at once.
+        product_key_layers: layers, from 0, whose feed-forward block is a product-key memory (Lample et al. 2019).
+        product_keys: half keys in each of its two sets; it has their square of values.
         attn_chunks: groups of heads that attention works off one after the other, so that what it computes for the
             backward pass exists for one group at a time.
         reversible: what training keeps for the backward pass: "full", of all layers only the last one's output;
@@ -81,8 +90,11 @@ class ReformerLMConfig(PreTrainedConfig):
         layer_dropout: probability of skipping a layer in a training step.
 
     Head and initialisation:
+        merge_streams: what the last norm and the output layer see of the two residual streams: their "mean", or both,
+            "concatenate"d, twice as wide (as in trax and transformers).
         tie_word_embeddings: whether the output matrix is the token embedding.
         lm_head_bias: whether the output layer has a bias.
+        unit_output_vectors: whether the output matrix's rows are scaled to length 1 (reformer-pytorch's tied output).
         initializer_range: standard deviation of the initial weights of linear layers; those that write into the
             residual streams get initializer_range / sqrt(2 * num_hidden_layers), as in GPT-2, positions a quarter.
             Token embeddings start with length 1, standard deviation 1 / sqrt(embedding_size); where they are tied
@@ -108,7 +120,7 @@ class ReformerLMConfig(PreTrainedConfig):
         bucket_size: int = 64,
         lsh_window: int | None = None,
         num_hashes: int = 4,
-        num_buckets: int | None = None,
+        num_buckets: int | list[int] | None = None,
         lsh_mask: str = "causal",
         key_norm: KeyNorm = "rms",
         rehash: str = "fixed",
@@ -118,6 +130,8 @@ class ReformerLMConfig(PreTrainedConfig):
         num_mem_kv: int = 0,
         full_attention_threshold: int = 0,
         attend_across_buckets: bool = True,
+        one_value_head: bool = False,
+        attention_output_bias: bool = True,
         num_local_heads: int | list[int] | None = None,
         local_window: int | None = None,
         local_keys: str = "separate",
@@ -125,10 +139,13 @@ class ReformerLMConfig(PreTrainedConfig):
         position_type: str = "axial",
         axial_shape: list[int] | None = None,
         axial_dims: list[int] | None = None,
+        share_layer_weights: bool = False,
         norm_type: str = "layernorm",
         layer_norm_eps: float = 1e-5,
         ff_activation: str = "gelu",
         ff_chunk_size: int = 0,
+        product_key_layers: list[int] | tuple[int, ...] = (),
+        product_keys: int = 128,
         attn_chunks: int = 1,
         reversible: str = "full",
         reversible_threshold: int = 0,
@@ -136,8 +153,10 @@ class ReformerLMConfig(PreTrainedConfig):
         activation_dropout: float = 0.0,
         attention_dropout: float = 0.0,
         layer_dropout: float = 0.0,
+        merge_streams: str = "mean",
         tie_word_embeddings: bool = True,
         lm_head_bias: bool = False,
+        unit_output_vectors: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         **kwargs: Any,
@@ -153,7 +172,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.bucket_size = bucket_size
         self.lsh_window = lsh_window
         self.num_hashes = num_hashes
-        self.num_buckets = num_buckets
+        self.num_buckets = _own_list(num_buckets)
         self.lsh_mask = lsh_mask
         self.key_norm = key_norm
         self.rehash = rehash
@@ -163,6 +182,8 @@ class ReformerLMConfig(PreTrainedConfig):
         self.num_mem_kv = num_mem_kv
         self.full_attention_threshold = full_attention_threshold
         self.attend_across_buckets = attend_across_buckets
+        self.one_value_head = one_value_head
+        self.attention_output_bias = attention_output_bias
         self.num_local_heads = _own_list(num_local_heads)
         self.local_window = local_window
         self.local_keys = local_keys
@@ -170,10 +191,13 @@ class ReformerLMConfig(PreTrainedConfig):
         self.position_type = position_type
         self.axial_shape = None if axial_shape is None else list(axial_shape)
         self.axial_dims = None if axial_dims is None else list(axial_dims)
+        self.share_layer_weights = share_layer_weights
         self.norm_type = norm_type
         self.layer_norm_eps = layer_norm_eps
         self.ff_activation = ff_activation
         self.ff_chunk_size = ff_chunk_size
+        self.product_key_layers = list(product_key_layers)
+        self.product_keys = product_keys
         self.attn_chunks = attn_chunks
         self.reversible = reversible
         self.reversible_threshold = reversible_threshold
@@ -181,8 +205,10 @@ class ReformerLMConfig(PreTrainedConfig):
         self.activation_dropout = activation_dropout
         self.attention_dropout = attention_dropout
         self.layer_dropout = layer_dropout
+        self.merge_streams = merge_streams
         self.tie_word_embeddings = tie_word_embeddings
         self.lm_head_bias = lm_head_bias
+        self.unit_output_vectors = unit_output_vectors
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self._check()
@@ -192,7 +218,19 @@ class ReformerLMConfig(PreTrainedConfig):
     @property
     def bucket_factors(self) -> tuple[int, ...] | None:
         """Buckets of each rotation of one hash round; None where their number follows the current length."""
+        if isinstance(self.num_buckets, list):
+            return tuple(self.num_buckets)
         return None if self.num_buckets is None else factorize_buckets(self.num_buckets)
+
+    @property
+    def buckets_per_round(self) -> int | None:
+        """Product of the `bucket_factors`; None where the number of buckets follows the current length."""
+        return None if self.bucket_factors is None else math.prod(self.bucket_factors)
+
+    @property
+    def output_width(self) -> int:
+        """Width of the last norm."""
+        return self.hidden_size * (2 if self.merge_streams == "concatenate" else 1)
 
     def local_heads_of(self, layer_index: int) -> int:
         """How many of a layer's heads are local; they come first."""
@@ -207,7 +245,7 @@ class ReformerLMConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in (
             "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
-            "num_hashes attn_chunks"
+            "num_hashes attn_chunks product_keys"
         ).split():
             self._require_count(name, 1)
         for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
@@ -215,7 +253,8 @@ class ReformerLMConfig(PreTrainedConfig):
         for name in "full_attention_threshold reversible_threshold ff_chunk_size num_mem_kv".split():
             self._require_count(name, 0)
         self._require_choice("lsh_mask", ("causal", "chunked"))
-        self._require_choice("key_norm", ("rms", "unit"))
+        self._require_choice("key_norm", get_args(KeyNorm))
+        self._require_choice("merge_streams", STREAM_MERGES)
         self._require_choice("rehash", ("fixed", "step"))
         self._require_choice("reversible", ("full", "keep_attention", "off"))
         self._require_choice("local_keys", ("separate", "shared"))
@@ -232,8 +271,12 @@ class ReformerLMConfig(PreTrainedConfig):
                 self.hidden_size,
                 f"make it a multiple of num_attention_heads ({self.num_attention_heads}), or give head_dim",
             )
-        if self.num_buckets is not None and (self.num_buckets < 2 or self.num_buckets % 2):
-            raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2")
+        factors = self.num_buckets if isinstance(self.num_buckets, list) else [self.num_buckets]
+        if not factors or any(factor is not None and (factor < 2 or factor % 2) for factor in factors):
+            raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2, or a list of such")
+        if not set(self.product_key_layers) <= set(range(0 if self.share_layer_weights else self.num_hidden_layers)):
+            remedy = "give indices of layers, and none with share_layer_weights=True"
+            raise _impossible("product_key_layers", self.product_key_layers, remedy)
         self._check_heads()
         self._check_positions()
 
@@ -258,6 +301,9 @@ class ReformerLMConfig(PreTrainedConfig):
                     self.num_shifted_heads,
                     f"give 0 to {heads - local}, the heads of layer {layer} that are not local ({local} are)",
                 )
+        if self.share_layer_weights and isinstance(self.num_local_heads, list) and len(set(self.num_local_heads)) > 1:
+            remedy = "give all layers as many with share_layer_weights=True"
+            raise _impossible("num_local_heads", self.num_local_heads, remedy)
         dim = self.head_dim or self.hidden_size // heads
         has_local = self.num_local_heads is None and heads > 1 or bool(_most(self.num_local_heads))
         rotates = (self.local_rotary and has_local) or self.position_type == "rotary"
@@ -322,7 +368,7 @@ class ReformerLMConfig(PreTrainedConfig):
         if self.num_buckets is None and self.lsh_mask == "causal":
             # A constant of the model, never of the current length: a prefix must hash as it does in the whole.
             self.num_buckets = max(2, math.ceil(self.max_position_embeddings / self.bucket_size / 2) * 2)
-        if self.num_buckets is not None:
+        if isinstance(self.num_buckets, int):
             self.num_buckets = math.prod(factorize_buckets(self.num_buckets))
 
     def _require_count(self, name: str, least: int, optional: bool = False) -> None:

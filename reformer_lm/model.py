@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -16,7 +17,7 @@ from reformer_lm.layers.linear import Linear
 from reformer_lm.layers.norms import FinalNorm
 from reformer_lm.layers.positions import PositionEmbedding
 from reformer_lm.layers.reversible import ReversibleStack
-from reformer_lm.layers.sequence import SequenceInfo
+from reformer_lm.layers.sequence import SequenceInfo, check_chunked_only
 from reformer_lm.ops.loss import linear_cross_entropy
 from reformer_lm.pretrained import ReformerLMPreTrainedModel
 
@@ -32,7 +33,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
         self.embedding_projection = Linear(width, config.hidden_size) if width != config.hidden_size else None
         self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.stack = ReversibleStack(config)
-        self.norm = FinalNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = FinalNorm(config.output_width, eps=config.layer_norm_eps)
         # Number of forward passes in training; with rehash="step" it seeds the rotations. A trainer that resumes
         # sets it again.
         self.hash_step = 0
@@ -108,7 +109,7 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
                 continue
             if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != shape[1]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} like the input")
-        self._check_chunked_only(shape, input_attn_mask, keys, context_mask)
+        check_chunked_only(self.config, shape, input_attn_mask, keys, context_mask)
         cache = past_key_values
         if cache is None and use_cache and self.config.lsh_mask == "causal":
             cache = LSHCache(self.config)
@@ -151,18 +152,6 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
             return tuple(x for x in (hidden, cache, states) if x is not None)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
 
-    def _check_chunked_only(
-        self, shape: torch.Size, input_attn_mask: Tensor | None, keys: Tensor | None, context_mask: Tensor | None
-    ) -> None:
-        given = {"input_attn_mask": input_attn_mask, "keys": keys, "context_mask": context_mask}
-        for name, tensor in given.items():
-            if tensor is not None and self.config.lsh_mask != "chunked":
-                raise ValueError(f'{name} needs lsh_mask="chunked": leave it out, or change the configuration')
-        if keys is not None and (keys.dim() != 3 or keys.shape[::2] != (shape[0], self.config.hidden_size)):
-            raise ValueError(f"keys has shape {tuple(keys.shape)}, expected ({shape[0]}, C, {self.config.hidden_size})")
-        if context_mask is not None and (keys is None or context_mask.shape != keys.shape[:2]):
-            raise ValueError("context_mask must be given with keys and have their first two sizes")
-
     def _next_hash_step(self) -> int | None:
         if not (self.training and self.config.rehash == "step"):
             return None
@@ -190,7 +179,8 @@ class ReformerLMModel(ReformerLMPreTrainedModel):
                 collected.append((x1 + x2) / 2)
         else:
             x1, x2 = self.stack(x, x, info)
-        hidden = self.norm(((x1 + x2) / 2).to(self.norm.weight.dtype))
+        merged = torch.cat((x1, x2), dim=-1) if self.config.merge_streams == "concatenate" else (x1 + x2) / 2
+        hidden = self.norm(merged.to(self.norm.weight.dtype))
         if output_hidden_states:
             states = (*collected[:-1], hidden)
         return hidden, states
@@ -214,8 +204,10 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ReformerLMConfig) -> None:
         super().__init__(config)
         width = config.embedding_size or config.hidden_size
+        if width == config.hidden_size and not config.tie_word_embeddings:
+            width = config.output_width
         self.reformer = ReformerLMModel(config)
-        self.head_projection = Linear(config.hidden_size, width) if width != config.hidden_size else None
+        self.head_projection = Linear(config.output_width, width) if width != config.output_width else None
         self.lm_head: nn.Linear = Linear(width, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -229,7 +221,14 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., vocab_size] of the base model's hidden states [..., hidden_size]."""
+        if self.config.unit_output_vectors:
+            return functional.linear(self._project(hidden), self._output_vectors(), self.lm_head.bias)
         return self.lm_head(self._project(hidden))
+
+    def _output_vectors(self) -> Tensor:
+        """One vector per token of the vocabulary."""
+        vectors = self.lm_head.weight
+        return functional.normalize(vectors, dim=-1) if self.config.unit_output_vectors else vectors
 
     def _project(self, hidden: Tensor) -> Tensor:
         """To the width of a factorised embedding, where there is one."""
@@ -382,7 +381,7 @@ class ReformerLMForCausalLM(ReformerLMPreTrainedModel, GenerationMixin):
         if scored is not None:
             targets = targets.masked_fill(~scored, -100)
         projected = self._project(hidden).flatten(0, 1)
-        total = linear_cross_entropy(projected, self.lm_head.weight, self.lm_head.bias, targets.flatten())
+        total = linear_cross_entropy(projected, self._output_vectors(), self.lm_head.bias, targets.flatten())
         if num_items is None:
             return total / (targets != -100).sum()
         return total / torch.as_tensor(num_items, device=total.device)

@@ -14,6 +14,7 @@ from reformer_lm.layers.attention import LSHSelfAttention
 from reformer_lm.layers.linear import ResidualLinear
 from reformer_lm.layers.norms import FinalNorm, ReZeroGate, ScaleNorm
 from reformer_lm.layers.positions import PositionTable
+from reformer_lm.layers.product_key_memory import ProductKeyMemory
 
 # Standard deviation of initial position embeddings, as a share of initializer_range.
 _POSITION_SHARE = 0.25
@@ -54,6 +55,10 @@ class ReformerLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             # Vectors of length 1, well above the positions': a hash should go by content before it goes by place.
             init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.embedding_dim))
+        elif isinstance(module, nn.EmbeddingBag):  # the values of a product-key memory
+            init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.embedding_dim))
+        elif isinstance(module, ProductKeyMemory):
+            init.normal_(module.keys, mean=0.0, std=1.0 / math.sqrt(module.keys.shape[-1]))
         elif isinstance(module, nn.LayerNorm):
             if isinstance(module, FinalNorm) and self.config.tie_word_embeddings:
                 init.copy_(module.weight, torch.randint_like(module.weight, 2) * 2 - 1)

@@ -19,6 +19,8 @@ ALLOWED = {
     "pretrained": {"config", "layers"},
     "model": {"ops", "config", "cache", "layers", "pretrained"},
     "wrapper": {"model"},
+    # convert compares the angles of positions.
+    "convert": {"config", "layers", "model", "text", "command_line"},
     "command_line": set(),
     "pages": set(),
     "text": {"corpus", "command_line"},  # builds vocabularies from corpora
@@ -44,6 +46,7 @@ ALLOWED_PACKAGES = {
         "scoring",
         "training",
         "prediction",
+        "convert",
     },  # fmt: skip
     "accelerate": {"training"},
 }

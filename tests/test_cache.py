@@ -21,6 +21,9 @@ OPTIONS = [
     {"allow_duplicate_attention": False, "lsh_window": 3, "num_hashes": 3},
     {"num_buckets": 2, "local_window": 5, "attn_chunks": 2, "ff_chunk_size": 7},
     {"embedding_size": 12, "norm_type": "scalenorm", "ff_activation": "swiglu", "rehash": "step"},
+    {"share_layer_weights": True, "one_value_head": True, "num_mem_kv": 2, "key_norm": "rms_eps"},
+    {"num_buckets": [2, 6, 4], "merge_streams": "concatenate", "unit_output_vectors": True},
+    {"product_key_layers": [0, 2], "product_keys": 12},
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -44,6 +45,10 @@ VARIANTS = [
     {"position_type": "none", "lsh_window": 3, "num_local_heads": [4, 1], "num_mem_kv": 2},
     {"lsh_window": 20, "num_local_heads": 0, "allow_duplicate_attention": False, "full_attention_threshold": 9},
     {"num_buckets": 300, "num_hashes": 3, "ff_chunk_size": 5, "local_window": 3, "lm_head_bias": True},
+    {"share_layer_weights": True, "one_value_head": True, "num_mem_kv": 2, "key_norm": "rms_eps"},
+    {"merge_streams": "concatenate", "num_buckets": [2, 6, 4], "attention_output_bias": False},
+    {"product_key_layers": [1], "product_keys": 12, "ff_chunk_size": 7},
+    {"merge_streams": "concatenate", "tie_word_embeddings": False, "unit_output_vectors": True},
 ]
 
 
@@ -405,6 +410,46 @@ def test_save_and_load(options: dict[str, object], tmp_path: Path) -> None:
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base, ReformerLMModel)
     assert torch.equal(base(x).last_hidden_state, model.reformer(x).last_hidden_state)
+
+
+def test_shared_weights_are_there_once(tmp_path: Path) -> None:
+    model = make_model(share_layer_weights=True, num_hidden_layers=3, num_mem_kv=2, tie_word_embeddings=False).float()
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if ".layers.1.attention." in name or ".layers.2.feed_forward." in name]
+    assert model.state_dict().keys() == set(names)
+    layers = model.reformer.stack.layers
+    assert layers[2].attention.query_key is layers[0].attention.query_key
+    assert layers[2].feed_forward is layers[0].feed_forward
+    # The rotations are not shared.
+    rotations = [layer.attention.rotations(4, None, torch.device("cpu"))[0] for layer in layers]
+    assert not torch.equal(rotations[0], rotations[1])
+    x = tokens_like(2, 40, 0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    again = copy.deepcopy(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for other in (again, loaded):
+        assert torch.equal(other(x).logits, model(x).logits)
+        assert other.reformer.stack.layers[1].attention.value is other.reformer.stack.layers[0].attention.value
+        assert other.reformer.stack.layers[1].attention.value is not layers[0].attention.value
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_buckets": [4, 3]}, "num_buckets"),
+        ({"num_buckets": []}, "num_buckets"),
+        ({"merge_streams": "sum"}, "merge_streams"),
+        ({"key_norm": "l2"}, "key_norm"),
+        ({"share_layer_weights": True, "num_local_heads": [1, 2]}, "num_local_heads"),
+        ({"product_keys": 0}, "product_keys"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_named(options: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}=.* is not possible"):
+        make_model(**options)
 
 
 def test_generate_greedy_batched_equals_single() -> None:

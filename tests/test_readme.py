@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
+from reformer_lm.convert.command import parse_arguments as parse_convert
 from reformer_lm.prediction.arguments import parse_arguments as parse_predict
 from reformer_lm.text import load_tokenizer
 from reformer_lm.text.vocabulary import build_parser as vocabulary_parser
@@ -59,6 +60,8 @@ def test_commands_are_accepted(command: list[str], monkeypatch: pytest.MonkeyPat
             assert (ROOT / script).exists()
         case ["python", "-m", "reformer_lm.text.vocabulary", *arguments]:
             vocabulary_parser().parse_strictly(arguments)
+        case ["python", "-m", "reformer_lm.convert", *arguments]:
+            parse_convert(arguments)
         case _:
             pytest.fail(f"no check for {command}")
 

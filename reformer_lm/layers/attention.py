@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.beginnings import BeginningsInFront
 from reformer_lm.layers.decoding import attend_from_cache
 from reformer_lm.layers.heads import AttentionReplay, HeadGroup, Projections
+from reformer_lm.layers.lending import Borrower
 from reformer_lm.layers.linear import Linear, ResidualLinear
 from reformer_lm.layers.positions import apply_rotary
 from reformer_lm.layers.sequence import SequenceInfo
@@ -36,16 +37,28 @@ from reformer_lm.ops.shared_qk import shared_qk_attention
 _SEED_STRIDE = 1_000_000_007
 
 
-class LSHSelfAttention(nn.Module):
+class LSHSelfAttention(Borrower):
     """Multi-head causal self-attention; the first ``num_local_heads`` heads are local, the others LSH.
 
     LSH heads share one projection for queries and keys and find far matches; local heads see the last
     ``local_window`` tokens and keep short-range order. Source: Kitaev et al. 2020, section 2; the local heads follow
     Roy et al. 2020 (arXiv 2003.05997), section 4.
+
+    Args:
+        config: of the model.
+        layer_index: which layer's attention this is; it seeds the rotations.
+        lender: the attention whose weights this one uses; None for weights of its own.
     """
 
-    def __init__(self, config: ReformerLMConfig, layer_index: int) -> None:
-        super().__init__()
+    lent = ("query_key", "value", "output", "local_key", "memory")
+    query_key: Linear
+    value: Linear
+    output: ResidualLinear
+    local_key: Linear
+    memory: nn.Parameter | None
+
+    def __init__(self, config: ReformerLMConfig, layer_index: int, lender: LSHSelfAttention | None = None) -> None:
+        super().__init__(lender)
         assert config.head_dim is not None and config.local_window is not None and config.lsh_window is not None
         self.config = config
         self.layer_index = layer_index
@@ -60,21 +73,29 @@ class LSHSelfAttention(nn.Module):
         chunks = min(config.attn_chunks, self.heads)
         borders = [self.heads * index // chunks for index in range(chunks + 1)]
         self.groups = [HeadGroup(begin, end) for begin, end in itertools.pairwise(borders)]
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+        if lender is None:
+            self._make_weights(config)
+        # Rotations follow from the seed alone, so they are made on first use and never saved.
+        self._rotations: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._stack: tuple[tuple[Tensor, ...], StackedRotations] | None = None
+
+    def _make_weights(self, config: ReformerLMConfig) -> None:
         width = self.heads * self.head_dim
         self.query_key = Linear(config.hidden_size, width, bias=False)
-        self.value = Linear(config.hidden_size, width, bias=False)
-        self.output = ResidualLinear(width, config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.value = Linear(config.hidden_size, self.head_dim if config.one_value_head else width, bias=False)
+        self.output = ResidualLinear(width, config.hidden_size, bias=config.attention_output_bias)
         if self.local_heads and config.local_keys == "separate":
             self.local_key = Linear(config.hidden_size, self.local_heads * self.head_dim, bias=False)
         # Learned vectors in the place of hidden states, projected like them. Source: reformer-pytorch's num_mem_kv,
         # after Sukhbaatar et al. 2019 (arXiv 1907.01470), section 4.
-        self.memory: nn.Parameter | None = None
+        self.memory = None
         if config.num_mem_kv and self.lsh_heads:
             self.memory = nn.Parameter(torch.randn(config.num_mem_kv, config.hidden_size))
-        # Rotations follow from the seed alone, so they are made on first use and never saved.
-        self._rotations: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
-        self._stack: tuple[tuple[Tensor, ...], StackedRotations] | None = None
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The parameters that this layer computes with, whoever owns them."""
+        return (self if self.lender is None else self.lender[0]).parameters()
 
     def rotations(self, num_buckets: int, hash_step: int | None, device: torch.device) -> tuple[Tensor, ...]:
         """The random rotations of this layer.
@@ -92,9 +113,8 @@ class LSHSelfAttention(nn.Module):
             # Distinct seeds for (hash_seed, layer, step); 0 stands for the fixed rotations.
             step = 0 if hash_step is None else hash_step + 1
             seed = ((self.config.hash_seed * _SEED_STRIDE + self.layer_index) * _SEED_STRIDE + step) % 2**63
-            fresh = sample_rotations(
-                self.lsh_heads, self.head_dim, self.config.num_hashes, factorize_buckets(num_buckets), seed
-            )
+            factors = self.config.bucket_factors or factorize_buckets(num_buckets)
+            fresh = sample_rotations(self.lsh_heads, self.head_dim, self.config.num_hashes, factors, seed)
             # A dictionary of one: a new step or length replaces what the last one used.
             self._rotations = {key: tuple(rotation.to(device) for rotation in fresh)}
         return self._rotations[key]
@@ -203,6 +223,8 @@ class LSHSelfAttention(nn.Module):
 
     def _projected(self, layer: nn.Linear, x: Tensor, group: HeadGroup) -> Tensor:
         """What a projection gives the heads of a group: [B, T, hidden_size] -> [B, H, T, D]."""
+        if self.config.one_value_head and layer is self.value:
+            return self._split(layer(x)).expand(-1, group.size, -1, -1)
         rows = slice(group.begin * self.head_dim, group.end * self.head_dim)
         # As a module where it is used whole, so that whatever wraps it (an adapter, say) takes part.
         whole = rows.start == 0 and rows.stop >= layer.weight.shape[0]
@@ -292,8 +314,8 @@ class LSHSelfAttention(nn.Module):
             )
             if begin.is_all:
                 return head
-        assert config.num_buckets is not None
-        buckets = self.hash(shared, config.num_buckets, info, replay, lsh)
+        assert config.buckets_per_round is not None
+        buckets = self.hash(shared, config.buckets_per_round, info, replay, lsh)
         out = lsh_attention(
             rotated,
             v,
@@ -344,7 +366,7 @@ class LSHSelfAttention(nn.Module):
             )
             return out
         # reformer-pytorch's rule: as many buckets as the current length has chunks.
-        num_buckets = config.num_buckets or max(2, 2 * -(-length // (2 * config.bucket_size)))
+        num_buckets = config.buckets_per_round or max(2, 2 * -(-length // (2 * config.bucket_size)))
         mask = info.mask
         if extra is not None:
             # They are hashed and sorted with the tokens, behind which they stand.

@@ -46,8 +46,9 @@ def attend_from_cache(layer: LSHSelfAttention, x: Tensor, info: SequenceInfo) ->
             parts.append(state.local.attend(q, keys, values, counts))
     if state.lsh is not None:
         shared, values = heads.query_key[:, border:], heads.value[:, border:]
-        assert layer.config.num_buckets is not None
-        buckets = layer.hash(shared, layer.config.num_buckets, info, replay, HeadGroup(border, layer.heads))
+        num_buckets = layer.config.buckets_per_round
+        assert num_buckets is not None
+        buckets = layer.hash(shared, num_buckets, info, replay, HeadGroup(border, layer.heads))
         rotated = layer.rotate(shared, info)
         if is_prompt:
             state.lsh.fill(rotated, values, buckets, counts)

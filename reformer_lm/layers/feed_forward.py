@@ -21,24 +21,21 @@ _ACTIVATIONS = {
 _GATED = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with an activation between, optionally gated.
+class TokenBlock(nn.Module):
+    """A block that works on each token alone, and so on any piece of a sequence.
 
-    The gated forms compute activation(a) * b with [a, b] = the first layer's output, which is twice as wide.
-
-    Source: Kitaev et al. 2020, section 3, "Chunking"; Shazeer 2020 (arXiv 2002.05202) for the gated forms.
+    Args:
+        chunk_size: tokens per piece; 0 for all at once.
     """
 
-    def __init__(self, config: ReformerLMConfig) -> None:
+    def __init__(self, chunk_size: int) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
-        self.gated = config.ff_activation in _GATED
-        self.activation = _ACTIVATIONS[_GATED.get(config.ff_activation, config.ff_activation)]
-        self.chunk_size = config.ff_chunk_size
-        self.inner = Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1))
-        self.output = ResidualLinear(config.intermediate_size, config.hidden_size)
-        self.inner_dropout = nn.Dropout(config.activation_dropout)
-        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.chunk_size = chunk_size
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of its weights."""
+        raise NotImplementedError
 
     def pieces(self, tokens: int) -> list[slice]:
         """The pieces of a sequence that are worked off one after the other."""
@@ -55,6 +52,33 @@ class FeedForward(nn.Module):
             return self._piece(x)
         run = functools.partial(checkpoint, self._piece, use_reentrant=False) if x.requires_grad else self._piece
         return torch.cat([run(x[:, tokens]) for tokens in pieces], dim=1)
+
+    def _piece(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FeedForward(TokenBlock):
+    """Two linear layers with an activation between, optionally gated.
+
+    The gated forms compute activation(a) * b with [a, b] = the first layer's output, which is twice as wide.
+
+    Source: Kitaev et al. 2020, section 3, "Chunking"; Shazeer 2020 (arXiv 2002.05202) for the gated forms.
+    """
+
+    def __init__(self, config: ReformerLMConfig) -> None:
+        super().__init__(config.ff_chunk_size)
+        assert config.intermediate_size is not None
+        self.gated = config.ff_activation in _GATED
+        self.activation = _ACTIVATIONS[_GATED.get(config.ff_activation, config.ff_activation)]
+        self.inner = Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1))
+        self.output = ResidualLinear(config.intermediate_size, config.hidden_size)
+        self.inner_dropout = nn.Dropout(config.activation_dropout)
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self.inner.weight.dtype
 
     def _piece(self, x: Tensor) -> Tensor:
         x = self.inner(x)

@@ -63,6 +63,12 @@ class PositionEmbedding(nn.Module):
         return None
 
 
+def rotary_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
+    """What the angle of each pair of channels grows by from one position to the next, float64 [dim / 2]."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    return _ROTARY_BASE**-exponent
+
+
 def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sines and cosines of the rotary angles.
 
@@ -76,10 +82,8 @@ def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[T
 
     Source: Su et al. 2021 (arXiv 2104.09864), section 3.2.
     """
-    device = position_ids.device
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
     # In float32 the angle of position 1,000,000 would be off by 0.06 radians; only its sine may be rounded.
-    angle = position_ids.unsqueeze(-1).to(torch.float64) * _ROTARY_BASE**-exponent
+    angle = position_ids.unsqueeze(-1).to(torch.float64) * rotary_frequencies(dim, position_ids.device)
     return angle.sin().to(dtype), angle.cos().to(dtype)
 
 

@@ -27,23 +27,43 @@ from torch.autograd.function import once_differentiable
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.attention import LSHSelfAttention
-from reformer_lm.layers.feed_forward import FeedForward
+from reformer_lm.layers.feed_forward import FeedForward, TokenBlock
 from reformer_lm.layers.heads import AttentionReplay
+from reformer_lm.layers.lending import Borrower
 from reformer_lm.layers.norms import make_gate, make_norm
+from reformer_lm.layers.product_key_memory import ProductKeyMemory
 from reformer_lm.layers.sequence import SequenceInfo
 
 
-class ReversibleLayer(nn.Module):
-    """One attention block and one feed-forward block, each with its norm."""
+class ReversibleLayer(Borrower):
+    """One attention block and one feed-forward block, each with its norm.
 
-    def __init__(self, config: ReformerLMConfig, layer_index: int) -> None:
-        super().__init__()
+    Args:
+        config: of the model.
+        layer_index: which layer this is.
+        lender: the layer whose attention and feed-forward weights this one uses; None for weights of its own.
+    """
+
+    lent = ("feed_forward",)
+    attention: LSHSelfAttention
+    feed_forward: TokenBlock
+
+    def __init__(self, config: ReformerLMConfig, layer_index: int, lender: ReversibleLayer | None = None) -> None:
+        super().__init__(lender)
         self.attention_norm = make_norm(config)
-        self.attention = LSHSelfAttention(config, layer_index)
+        self.attention = LSHSelfAttention(config, layer_index, None if lender is None else lender.attention)
         self.attention_gate = make_gate(config)
         self.feed_forward_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
+        if lender is None:
+            block = ProductKeyMemory if layer_index in config.product_key_layers else FeedForward
+            self.feed_forward = block(config)
         self.feed_forward_gate = make_gate(config)
+
+    def weights(self, blocks: tuple[str, ...]) -> list[nn.Parameter]:
+        """The trainable parameters that some of its blocks compute with, whoever owns them."""
+        modules = (getattr(self, name) for name in blocks)
+        found = (m.weights() if isinstance(m, LSHSelfAttention) else m.parameters() for m in modules)
+        return [parameter for parameters in found for parameter in parameters if parameter.requires_grad]
 
     def forward(self, x1: Tensor, x2: Tensor, info: SequenceInfo, chain: _Chain | None = None) -> tuple[Tensor, Tensor]:
         """Runs the layer on both streams [B, T, hidden_size].
@@ -57,7 +77,7 @@ class ReversibleLayer(nn.Module):
         if chain is None:
             x1 = x1 + self.attention_branch(x2, info)[0]
             return x1, x2 + self.feed_forward_branch(x1)
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = self.weights(_ATTENTION + _FEED_FORWARD)
         return _Reversible.apply(x1, x2, info.context, self, info, chain, *parameters)
 
     def attention_branch(
@@ -71,7 +91,7 @@ class ReversibleLayer(nn.Module):
 
     def feed_forward_branch(self, x: Tensor) -> Tensor:
         """What the feed-forward block adds to the second stream, [B, T, hidden_size]."""
-        x = self.feed_forward_norm(x.to(self.feed_forward.inner.weight.dtype))
+        x = self.feed_forward_norm(x.to(self.feed_forward.weight_dtype))
         return self.feed_forward_gate(self.feed_forward(x))
 
 
@@ -80,7 +100,10 @@ class ReversibleStack(nn.Module):
 
     def __init__(self, config: ReformerLMConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ReversibleLayer(config, index) for index in range(config.num_hidden_layers))
+        first = ReversibleLayer(config, 0)
+        lender = first if config.share_layer_weights else None
+        others = (ReversibleLayer(config, index, lender) for index in range(1, config.num_hidden_layers))
+        self.layers = nn.ModuleList((first, *others))
         self.layer_dropout = config.layer_dropout
         self.reversible = config.reversible
         self.reversible_threshold = config.reversible_threshold
@@ -225,7 +248,7 @@ class _Reversible(torch.autograd.Function):
         def attend(x: Tensor) -> Tensor:
             return layer.attention_branch(x, info, ctx.replays)[0]
 
-        needed = [p for name in _FEED_FORWARD for p in getattr(layer, name).parameters() if p.requires_grad]
+        needed: list[Tensor] = layer.weights(_FEED_FORWARD)
         pieces = layer.feed_forward.pieces(y1.shape[1])
         x2, grad1 = _undo(
             ctx,
@@ -241,7 +264,7 @@ class _Reversible(torch.autograd.Function):
             owned,
         )
         del y2
-        needed = [p for name in _ATTENTION for p in getattr(layer, name).parameters() if p.requires_grad]
+        needed = layer.weights(_ATTENTION)
         whole = [slice(None)]
         x1, grad2 = _undo(
             ctx, attend, x2, y1, grad2, grad1, whole, ctx.attention_state, needed + inputs, gradients, owned

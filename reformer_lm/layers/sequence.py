@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_lm.cache import LSHCache
+from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.positions import rotary_factors
 
 
@@ -45,3 +46,32 @@ class SequenceInfo:
         if key not in self._rotary:
             self._rotary[key] = rotary_factors(self.position_ids, *key)
         return self._rotary[key]
+
+
+def check_chunked_only(
+    config: ReformerLMConfig,
+    shape: torch.Size,
+    input_attn_mask: Tensor | None,
+    keys: Tensor | None,
+    context_mask: Tensor | None,
+) -> None:
+    """Makes sure that a model can use its optional inputs; see `ReformerLMModel.forward`.
+
+    Args:
+        config: of the model.
+        shape: of the tokens, (B, T).
+        input_attn_mask: or None.
+        keys: or None.
+        context_mask: or None.
+
+    Raises:
+        ValueError: one is given in causal mode, or has the wrong shape.
+    """
+    given = {"input_attn_mask": input_attn_mask, "keys": keys, "context_mask": context_mask}
+    for name, tensor in given.items():
+        if tensor is not None and config.lsh_mask != "chunked":
+            raise ValueError(f'{name} needs lsh_mask="chunked": leave it out, or change the configuration')
+    if keys is not None and (keys.dim() != 3 or keys.shape[::2] != (shape[0], config.hidden_size)):
+        raise ValueError(f"keys has shape {tuple(keys.shape)}, expected ({shape[0]}, C, {config.hidden_size})")
+    if context_mask is not None and (keys is None or context_mask.shape != keys.shape[:2]):
+        raise ValueError("context_mask must be given with keys and have their first two sizes")

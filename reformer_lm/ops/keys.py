@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-KeyNorm = Literal["rms", "unit"]
+KeyNorm = Literal["rms", "rms_eps", "unit"]
 
 # Added to a token's logit with itself, so that it attends to itself only when it has no other choice. Finite in
 # float16; exp(-5e4) is exactly 0 in every float type, so beside any real match the self term vanishes exactly.
@@ -17,6 +17,8 @@ SELF_ATTENTION_BIAS = -5e4
 
 # Vectors shorter than this are divided by it instead of by their length.
 _MIN_LENGTH = 1e-6
+# Of "rms_eps"; value as in trax and transformers.
+_RMS_EPSILON = 1e-6
 
 
 def normalize_keys(x: Tensor, key_norm: KeyNorm) -> Tensor:
@@ -24,7 +26,8 @@ def normalize_keys(x: Tensor, key_norm: KeyNorm) -> Tensor:
 
     Args:
         x: [..., D].
-        key_norm: "rms" gives length sqrt(D) (trax and transformers: a logit is |q| cos), "unit" gives length 1
+        key_norm: "rms" gives length sqrt(D): a logit is |q| cos. "rms_eps" gives that length but for 1e-6 that is
+            added to the mean square, so that short vectors stay shorter (trax and transformers). "unit" gives length 1
             (reformer-pytorch: a softmax sqrt(D) times flatter).
 
     Returns:
@@ -33,11 +36,13 @@ def normalize_keys(x: Tensor, key_norm: KeyNorm) -> Tensor:
     Raises:
         ValueError: an unknown ``key_norm``.
     """
-    if key_norm not in ("rms", "unit"):
-        raise ValueError(f'key_norm must be "rms" or "unit", got {key_norm!r}')
+    if key_norm not in get_args(KeyNorm):
+        raise ValueError(f"key_norm must be one of {', '.join(get_args(KeyNorm))}, got {key_norm!r}")
     length = math.sqrt(x.shape[-1]) if key_norm == "rms" else 1.0
     # The squared sum would overflow in float16.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if key_norm == "rms_eps":
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + _RMS_EPSILON)).to(x.dtype)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_MIN_LENGTH)
     return (wide * (length / norm)).to(x.dtype)
 

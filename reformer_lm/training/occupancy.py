@@ -38,7 +38,7 @@ def record_bucket_sizes(model: nn.Module) -> Iterator[dict[int, BucketSizes]]:
     configs = [module.config for module in model.modules() if isinstance(module, ReformerLMForCausalLM)]
     for record in records:
         if record.buckets is not None:
-            sizes[record.layer_index] = bucket_sizes(record, configs[0].num_buckets if configs else None)
+            sizes[record.layer_index] = bucket_sizes(record, configs[0].buckets_per_round if configs else None)
 
 
 def bucket_sizes(record: AttentionRecord, num_buckets: int | None) -> BucketSizes:

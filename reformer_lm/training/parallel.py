@@ -47,7 +47,8 @@ def shard(model: PreTrainedModel) -> None:
         model: On its device, the same in every process.
     """
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    for layer in layers_of(model):
+    # Shared weights cannot belong to one layer: they are gathered with what stands around the layers.
+    for layer in [] if getattr(model.config, "share_layer_weights", False) else layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -66,6 +66,11 @@ OPTIONS = [
     {"attention_dropout": 0.2, "num_local_heads": 0, "lsh_mask": "chunked"},
     {"layer_dropout": 0.5, "num_hidden_layers": 6},
     {"position_type": "rotary"},
+    {"share_layer_weights": True, "one_value_head": True, "num_mem_kv": 2},
+    {"product_key_layers": [1], "product_keys": 36, "ff_chunk_size": 7, "hidden_dropout_prob": 0.2},
+    {"share_layer_weights": True, "norm_type": "rezero", "lsh_mask": "chunked", "attn_chunks": 2},
+    {"share_layer_weights": True, "hidden_dropout_prob": 0.2, "ff_chunk_size": 7, "layer_dropout": 0.5},
+    {"num_buckets": [2, 4], "attention_output_bias": False, "attn_chunks": 3, "one_value_head": True},
 ]
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
+from reformer_lm import ReformerLMForCausalLM
+from reformer_lm.convert.reformer_pytorch_names import our_name
+from reformer_lm.convert.reformer_pytorch_options import config_of_options
 
 # Small and odd: heads * dim_head differs from dim, and nothing divides what it need not divide.
 PEER_DEFAULTS: dict[str, Any] = {
@@ -26,84 +28,17 @@ PEER_DEFAULTS: dict[str, Any] = {
     "causal": True,
 }
 
-# Their name of an option -> ours.
-_SAME_MEANING = {
-    "num_tokens": "vocab_size",
-    "dim": "hidden_size",
-    "depth": "num_hidden_layers",
-    "max_seq_len": "max_position_embeddings",
-    "heads": "num_attention_heads",
-    "dim_head": "head_dim",
-    "bucket_size": "bucket_size",
-    "n_hashes": "num_hashes",
-    "emb_dim": "embedding_size",
-    "full_attn_thres": "full_attention_threshold",
-    "reverse_thres": "reversible_threshold",
-    "n_local_attn_heads": "num_local_heads",
-    "num_mem_kv": "num_mem_kv",
-    "lsh_attend_across_buckets": "attend_across_buckets",
-    "lsh_allow_duplicate_attention": "allow_duplicate_attention",
-    "axial_position_shape": "axial_shape",
-}
 # Options of their Reformer that ReformerLM has no argument for -> the attribute of LSHAttention.
 _SET_BY_HAND = {
     "lsh_attend_across_buckets": "_attend_across_buckets",
     "lsh_allow_duplicate_attention": "_allow_duplicate_attention",
 }
-_POSITIONS = {
-    "axial_position_emb": "axial",
-    "absolute_position_emb": "absolute",
-    "fixed_position_emb": "sinusoidal",
+# What stands around the names of parts of a model, there and here.
+_PARTS = {
+    "ReformerLM": ("", ""),
+    "LSHSelfAttention": ("reformer.layers.blocks.0.f.net.fn.", "reformer.stack.layers.0.attention."),
+    "FeedForward": ("reformer.layers.blocks.0.g.net.fn.fn.", "reformer.stack.layers.0.feed_forward."),
 }
-# (activation class, gated) -> ours; None is their default, GELU.
-_ACTIVATIONS = {
-    (None, False): "gelu",
-    ("GELU", False): "gelu",
-    ("GELU_", False): "gelu_tanh",
-    ("ReLU", False): "relu",
-    ("SiLU", False): "silu",
-    (None, True): "geglu",
-    ("ReLU", True): "reglu",
-    ("SiLU", True): "swiglu",
-}
-
-
-def translate_options(options: dict[str, Any]) -> ReformerLMConfig:
-    """Our configuration of the model that ReformerLM(**options) is; KeyError on an option without counterpart.
-
-    Besides those of ReformerLM, ``options`` may hold the ones of _SET_BY_HAND.
-    """
-    options = dict(options)
-    assert options.pop("causal")
-    length = options["max_seq_len"]
-    fields: dict[str, Any] = {
-        "lsh_mask": "chunked",
-        "key_norm": "unit",
-        "num_local_heads": 0,
-        "local_keys": "shared",
-        "local_rotary": False,
-        "num_shifted_heads": 0,
-        "tie_word_embeddings": False,
-        "lm_head_bias": True,
-        "position_type": "rotary",
-        "intermediate_size": options.pop("ff_mult", 4) * options["dim"],
-        # Their number of pieces, as a length.
-        "ff_chunk_size": -(-length // options.pop("ff_chunks")),
-    }
-    for name, kind in _POSITIONS.items():
-        if options.pop(name, False):
-            fields["position_type"] = kind
-    if options.pop("use_scale_norm", False):
-        fields["norm_type"] = "scalenorm"
-    if options.pop("use_rezero", False):
-        fields["norm_type"] = "rezero"
-    if options.pop("use_full_attn", False):
-        # Beyond any length, memory and context included.
-        fields["full_attention_threshold"] = 1_000_000
-    options.pop("random_rotations_per_head", None)
-    activation = options.pop("ff_activation", None)
-    fields["ff_activation"] = _ACTIVATIONS[activation and activation.__name__, options.pop("ff_glu", False)]
-    return ReformerLMConfig(**fields | {_SAME_MEANING[name]: value for name, value in options.items()})
 
 
 def parameter_pairs(peer: nn.Module, ours: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -113,44 +48,14 @@ def parameter_pairs(peer: nn.Module, ours: nn.Module) -> dict[str, tuple[nn.Para
     """
     theirs = dict(peer.named_parameters())
     mine = dict(ours.named_parameters())
-    pairs = {_our_name(name): parameter for name, parameter in theirs.items()}
+    there, here = _PARTS[type(peer).__name__]
+    names = {name: our_name(there + name) for name in theirs}
+    assert all(name is not None and name.startswith(here) for name in names.values()), names
+    pairs = {names[name].removeprefix(here): parameter for name, parameter in theirs.items()}
     assert pairs.keys() == mine.keys()
     # Their memory has a batch dimension of 1.
     assert all(parameter.shape in {p.shape, (1, *p.shape)} for p, parameter in ((mine[n], pairs[n]) for n in pairs))
     return {name: (pairs[name], mine[name]) for name in mine}
-
-
-def _our_name(theirs: str) -> str:
-    name = theirs
-    for old, new in (
-        ("reformer.layers.blocks.", "reformer.stack.layers."),
-        (".f.net.fn.", ".attention."),
-        (".g.net.fn.fn.", ".feed_forward."),
-        (".f.net.norm.", ".attention_norm."),
-        (".g.net.norm.", ".feed_forward_norm."),
-        (".f.net.g", ".attention_gate.weight"),
-        (".g.net.g", ".feed_forward_gate.weight"),
-        ("_norm.g", "_norm.weight"),
-        ("toqk.", "query_key."),
-        ("tov.", "value."),
-        ("to_out.", "output."),
-        ("mem_kv", "memory"),
-        ("w1.", "inner."),
-        ("w2.", "output."),
-    ):
-        name = name.replace(old, new)
-    for old, new in (
-        ("token_emb.", "reformer.token_embedding."),
-        ("to_model_dim.", "reformer.embedding_projection."),
-        ("pos_emb.weights.", "reformer.position_embedding.axial.weights."),
-        ("pos_emb.emb.", "reformer.position_embedding.absolute."),
-        ("norm.", "reformer.norm."),
-        ("out.0.", "head_projection."),
-        ("out.1.", "lm_head."),
-    ):
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 @torch.no_grad()
@@ -247,7 +152,7 @@ def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForC
                 # They round the frequencies to float32, which would hide errors below 1e-6.
                 exponent = torch.arange(0, 2 * len(module.inv_freq), 2, dtype=torch.float64)
                 module.inv_freq = 10_000.0 ** -(exponent / (2 * len(module.inv_freq)))
-        ours = ReformerLMForCausalLM(translate_options(options)).double().train()
+        ours = ReformerLMForCausalLM(config_of_options(options)).double().train()
         copy_weights(theirs, ours)
         return theirs, ours
 

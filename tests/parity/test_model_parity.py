@@ -43,6 +43,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lsh_allow_duplicate_attention": False, "lsh_attend_across_buckets": False, "num_mem_kv": 16,
         "axial_position_emb": True,
     },
+    "layers share weights": {"weight_tie": True, "num_mem_kv": 8},
+    "layers share weights, scale norm": {"weight_tie": True, "use_scale_norm": True, "n_local_attn_heads": 1},
+    "layers share weights, rezero, plain autograd": {"weight_tie": True, "use_rezero": True, "reverse_thres": 48},
+    "one value head": {"one_value_head": True, "n_local_attn_heads": 1},
+    "one value head, memory": {"one_value_head": True, "num_mem_kv": 8, "axial_position_emb": True},
+    "output tied to the embedding": {"weight_tie_embedding": True},
+    "output tied to a factorised embedding": {"weight_tie_embedding": True, "emb_dim": 6, "axial_position_emb": True},
+    "product-key memory": {"pkm_layers": (2,), "pkm_num_keys": 33},
+    "product-key memory, rezero, plain autograd": {
+        "pkm_layers": (1, 3), "pkm_num_keys": 40, "use_rezero": True, "reverse_thres": 48, "axial_position_emb": True,
+    },
     "everything": {
         "emb_dim": 8, "axial_position_emb": True, "use_scale_norm": True, "ff_glu": True, "n_local_attn_heads": 1,
         "full_attn_thres": 8, "reverse_thres": 16, "n_hashes": 4, "bucket_size": 2,
