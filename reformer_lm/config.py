@@ -36,6 +36,8 @@ class ReformerLMConfig(PreTrainedConfig):
             (with lsh_mask="chunked": the current length / bucket_size, as reformer-pytorch does). Above 128 it is
             rounded up to a product of two even factors, each hashed by a rotation of its own.
         lsh_mask: "causal", exactly causal; or "chunked", the fixed chunks of reformer-pytorch and transformers.
+        causal: whether a token sees only what stands before it; False, with lsh_mask="chunked" alone, is a
+            bidirectional encoder, for masked language models and the source of an encoder-decoder.
         key_norm: length of the shared keys, "rms" (sqrt(head_dim)) or "unit" (1, as in reformer-pytorch).
         rehash: "fixed" rotations, or fresh ones at each training "step".
         hash_seed: seed of the rotations, together with the layer's index.
@@ -48,6 +50,9 @@ class ReformerLMConfig(PreTrainedConfig):
             tokens (position by position, so the model stays exactly causal); with "chunked", sequences up to this
             length use full attention.
         attend_across_buckets: "chunked" only: whether a token sees other buckets of its two chunks.
+        sort_padding: "chunked" only: whether padding is hashed and sorted with the tokens, as in reformer-pytorch,
+            where it moves the chunks. Otherwise each row of a batch gets what it gets alone, rows of one length
+            together. None means that it is where the model is causal.
 
     Local heads:
         num_local_heads: heads with windowed attention; a number, or a list with one per layer (layers of local heads
@@ -110,6 +115,7 @@ class ReformerLMConfig(PreTrainedConfig):
         num_hashes: int = 4,
         num_buckets: int | None = None,
         lsh_mask: str = "causal",
+        causal: bool = True,
         key_norm: KeyNorm = "rms",
         rehash: str = "fixed",
         hash_seed: int = 0,
@@ -118,6 +124,7 @@ class ReformerLMConfig(PreTrainedConfig):
         num_mem_kv: int = 0,
         full_attention_threshold: int = 0,
         attend_across_buckets: bool = True,
+        sort_padding: bool | None = None,
         num_local_heads: int | list[int] | None = None,
         local_window: int | None = None,
         local_keys: str = "separate",
@@ -155,6 +162,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.num_hashes = num_hashes
         self.num_buckets = num_buckets
         self.lsh_mask = lsh_mask
+        self.causal = causal
         self.key_norm = key_norm
         self.rehash = rehash
         self.hash_seed = hash_seed
@@ -163,6 +171,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.num_mem_kv = num_mem_kv
         self.full_attention_threshold = full_attention_threshold
         self.attend_across_buckets = attend_across_buckets
+        self.sort_padding = sort_padding
         self.num_local_heads = _own_list(num_local_heads)
         self.local_window = local_window
         self.local_keys = local_keys
@@ -193,6 +202,12 @@ class ReformerLMConfig(PreTrainedConfig):
     def bucket_factors(self) -> tuple[int, ...] | None:
         """Buckets of each rotation of one hash round; None where their number follows the current length."""
         return None if self.num_buckets is None else factorize_buckets(self.num_buckets)
+
+    @property
+    def sorts_padding(self) -> bool:
+        """Whether padding is hashed and sorted with the tokens in chunked mode."""
+        # Not written into ``sort_padding``: a causal model's weights may be loaded into an encoder.
+        return self.causal if self.sort_padding is None else self.sort_padding
 
     def local_heads_of(self, layer_index: int) -> int:
         """How many of a layer's heads are local; they come first."""
@@ -234,6 +249,8 @@ class ReformerLMConfig(PreTrainedConfig):
             )
         if self.num_buckets is not None and (self.num_buckets < 2 or self.num_buckets % 2):
             raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2")
+        if not self.causal and self.lsh_mask != "chunked":
+            raise _impossible("causal", self.causal, 'set lsh_mask="chunked", which alone has a bidirectional form')
         self._check_heads()
         self._check_positions()
 
@@ -258,6 +275,9 @@ class ReformerLMConfig(PreTrainedConfig):
                     self.num_shifted_heads,
                     f"give 0 to {heads - local}, the heads of layer {layer} that are not local ({local} are)",
                 )
+            if shifted and not self.causal:
+                remedy = "give 0, or None: with causal=False what follows a match can be the token itself"
+                raise _impossible("num_shifted_heads", self.num_shifted_heads, remedy)
         dim = self.head_dim or self.hidden_size // heads
         has_local = self.num_local_heads is None and heads > 1 or bool(_most(self.num_local_heads))
         rotates = (self.local_rotary and has_local) or self.position_type == "rotary"
