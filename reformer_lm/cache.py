@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,35 @@ from reformer_lm.ops.local_ring import LocalRing
 from reformer_lm.ops.lsh_rings import LSHRings
 
 
+@dataclass(frozen=True)
+class CachedContext:
+    """What the LSH heads of a layer see of another sequence besides the tokens.
+
+    Attributes:
+        extra: shared vectors [B, H, E, D] and values [B, H, E, D_v], the layer's learned memory first.
+        mask: bool [B, E], False for what a row does not see; or None.
+    """
+
+    extra: tuple[Tensor, Tensor]
+    mask: Tensor | None
+
+    def select(self, indices: Tensor) -> CachedContext:
+        """Row i becomes what row ``indices[i]`` was."""
+        vectors, values = (x.index_select(0, indices) for x in self.extra)
+        return CachedContext((vectors, values), None if self.mask is None else self.mask.index_select(0, indices))
+
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(x.numel() * x.element_size() for x in (*self.extra, self.mask) if x is not None)
+
+
 class LSHCacheLayer(CacheLayerMixin):
     """One layer: rings of buckets for its LSH heads, a ring of the last tokens for its local heads.
 
     Attributes:
         lsh: None where the layer has no LSH heads, or has seen nothing yet.
         local: None where the layer has no local heads, or has seen nothing yet.
+        context: None where the first tokens were given none.
     """
 
     is_croppable = True
@@ -31,6 +55,7 @@ class LSHCacheLayer(CacheLayerMixin):
         self._layer_index = layer_index
         self.lsh: LSHRings | None = None
         self.local: LocalRing | None = None
+        self.context: CachedContext | None = None
         self.is_initialized: bool = False
 
     def prepare(self, batch: int, device: torch.device) -> None:
@@ -61,7 +86,8 @@ class LSHCacheLayer(CacheLayerMixin):
 
     def bytes(self) -> int:
         """Memory held."""
-        return sum(part.bytes() for part in self._parts())
+        of_context = 0 if self.context is None else self.context.bytes()
+        return sum(part.bytes() for part in self._parts()) + of_context
 
     def crop_rows(self, lengths_B: Tensor) -> None:
         """Forgets the tokens behind the first so many of each row."""
@@ -73,10 +99,12 @@ class LSHCacheLayer(CacheLayerMixin):
         """Makes row i what row ``indices[i]`` was."""
         for part in self._parts():
             part.select(indices)
+        if self.context is not None:
+            self.context = self.context.select(indices)
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.lsh = self.local = None
+        self.lsh = self.local = self.context = None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

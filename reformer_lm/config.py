@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 
+from reformer_lm.config_checks import check_positions, impossible, require_choice, require_count
 from reformer_lm.ops.hashing import factorize_buckets
 from reformer_lm.ops.keys import KeyNorm
 
@@ -38,6 +39,8 @@ class ReformerLMConfig(PreTrainedConfig):
             rounded up to a product of two even factors, each hashed by a rotation of its own. A list gives the
             factors, whatever their size (the first one counts most in the order of the buckets).
         lsh_mask: "causal", exactly causal; or "chunked", the fixed chunks of reformer-pytorch and transformers.
+        causal: whether a token sees only what stands before it; False, with lsh_mask="chunked" alone, is a
+            bidirectional encoder, for masked language models and the source of an encoder-decoder.
         key_norm: length of the shared keys, "rms" (sqrt(head_dim)), "rms_eps" (the same, but for 1e-6 added to the
             mean square, as in trax and transformers) or "unit" (1, as in reformer-pytorch).
         rehash: "fixed" rotations, or fresh ones at each training "step".
@@ -53,6 +56,9 @@ class ReformerLMConfig(PreTrainedConfig):
         attend_across_buckets: "chunked" only: whether a token sees other buckets of its two chunks.
         one_value_head: whether all heads read the same values, from a projection of one head's width.
         attention_output_bias: whether the attention's output projection has a bias.
+        sort_padding: "chunked" only: whether padding is hashed and sorted with the tokens, as in reformer-pytorch,
+            where it moves the chunks. Otherwise each row of a batch gets what it gets alone, rows of one length
+            together. None means that it is where the model is causal.
 
     Local heads:
         num_local_heads: heads with windowed attention; a number, or a list with one per layer (layers of local heads
@@ -122,6 +128,7 @@ class ReformerLMConfig(PreTrainedConfig):
         num_hashes: int = 4,
         num_buckets: int | list[int] | None = None,
         lsh_mask: str = "causal",
+        causal: bool = True,
         key_norm: KeyNorm = "rms",
         rehash: str = "fixed",
         hash_seed: int = 0,
@@ -132,6 +139,7 @@ class ReformerLMConfig(PreTrainedConfig):
         attend_across_buckets: bool = True,
         one_value_head: bool = False,
         attention_output_bias: bool = True,
+        sort_padding: bool | None = None,
         num_local_heads: int | list[int] | None = None,
         local_window: int | None = None,
         local_keys: str = "separate",
@@ -174,6 +182,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.num_hashes = num_hashes
         self.num_buckets = _own_list(num_buckets)
         self.lsh_mask = lsh_mask
+        self.causal = causal
         self.key_norm = key_norm
         self.rehash = rehash
         self.hash_seed = hash_seed
@@ -184,6 +193,7 @@ class ReformerLMConfig(PreTrainedConfig):
         self.attend_across_buckets = attend_across_buckets
         self.one_value_head = one_value_head
         self.attention_output_bias = attention_output_bias
+        self.sort_padding = sort_padding
         self.num_local_heads = _own_list(num_local_heads)
         self.local_window = local_window
         self.local_keys = local_keys
@@ -232,6 +242,12 @@ class ReformerLMConfig(PreTrainedConfig):
         """Width of the last norm."""
         return self.hidden_size * (2 if self.merge_streams == "concatenate" else 1)
 
+    @property
+    def sorts_padding(self) -> bool:
+        """Whether padding is hashed and sorted with the tokens in chunked mode."""
+        # Not written into ``sort_padding``: a causal model's weights may be loaded into an encoder.
+        return self.causal if self.sort_padding is None else self.sort_padding
+
     def local_heads_of(self, layer_index: int) -> int:
         """How many of a layer's heads are local; they come first."""
         assert self.num_local_heads is not None
@@ -247,45 +263,53 @@ class ReformerLMConfig(PreTrainedConfig):
             "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings bucket_size "
             "num_hashes attn_chunks product_keys"
         ).split():
-            self._require_count(name, 1)
+            require_count(name, getattr(self, name), 1)
         for name in "head_dim intermediate_size embedding_size local_window lsh_window".split():
-            self._require_count(name, 1, optional=True)
+            require_count(name, getattr(self, name), 1, optional=True)
         for name in "full_attention_threshold reversible_threshold ff_chunk_size num_mem_kv".split():
-            self._require_count(name, 0)
-        self._require_choice("lsh_mask", ("causal", "chunked"))
-        self._require_choice("key_norm", get_args(KeyNorm))
-        self._require_choice("merge_streams", STREAM_MERGES)
-        self._require_choice("rehash", ("fixed", "step"))
-        self._require_choice("reversible", ("full", "keep_attention", "off"))
-        self._require_choice("local_keys", ("separate", "shared"))
-        self._require_choice("position_type", POSITION_TYPES)
-        self._require_choice("norm_type", NORM_TYPES)
-        self._require_choice("ff_activation", FEED_FORWARD_ACTIVATIONS)
+            require_count(name, getattr(self, name), 0)
+        require_choice("lsh_mask", self.lsh_mask, ("causal", "chunked"))
+        require_choice("key_norm", self.key_norm, get_args(KeyNorm))
+        require_choice("merge_streams", self.merge_streams, STREAM_MERGES)
+        require_choice("rehash", self.rehash, ("fixed", "step"))
+        require_choice("reversible", self.reversible, ("full", "keep_attention", "off"))
+        require_choice("local_keys", self.local_keys, ("separate", "shared"))
+        require_choice("position_type", self.position_type, POSITION_TYPES)
+        require_choice("norm_type", self.norm_type, NORM_TYPES)
+        require_choice("ff_activation", self.ff_activation, FEED_FORWARD_ACTIVATIONS)
         for name in "hidden_dropout_prob activation_dropout attention_dropout layer_dropout".split():
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-                raise _impossible(name, getattr(self, name), "give a probability of at least 0 and below 1")
+                raise impossible(name, getattr(self, name), "give a probability of at least 0 and below 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise _impossible(
+            raise impossible(
                 "hidden_size",
                 self.hidden_size,
                 f"make it a multiple of num_attention_heads ({self.num_attention_heads}), or give head_dim",
             )
         factors = self.num_buckets if isinstance(self.num_buckets, list) else [self.num_buckets]
         if not factors or any(factor is not None and (factor < 2 or factor % 2) for factor in factors):
-            raise _impossible("num_buckets", self.num_buckets, "give an even number of at least 2, or a list of such")
+            raise impossible("num_buckets", self.num_buckets, "give an even number of at least 2, or a list of such")
         if not set(self.product_key_layers) <= set(range(0 if self.share_layer_weights else self.num_hidden_layers)):
             remedy = "give indices of layers, and none with share_layer_weights=True"
-            raise _impossible("product_key_layers", self.product_key_layers, remedy)
+            raise impossible("product_key_layers", self.product_key_layers, remedy)
+        if not self.causal and self.lsh_mask != "chunked":
+            raise impossible("causal", self.causal, 'set lsh_mask="chunked", which alone has a bidirectional form')
         self._check_heads()
-        self._check_positions()
+        check_positions(
+            self.position_type,
+            self.embedding_size or self.hidden_size,
+            self.max_position_embeddings,
+            self.axial_shape,
+            self.axial_dims,
+        )
 
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
         for name in ("num_local_heads", "num_shifted_heads"):
             given = getattr(self, name)
             if isinstance(given, list) and len(given) != self.num_hidden_layers:
-                raise _impossible(
+                raise impossible(
                     name, given, f"give one number per layer (num_hidden_layers is {self.num_hidden_layers})"
                 )
         for layer in range(self.num_hidden_layers):
@@ -293,53 +317,28 @@ class ReformerLMConfig(PreTrainedConfig):
             if local is None:
                 local = heads // 2
             if not 0 <= local <= heads:
-                raise _impossible("num_local_heads", self.num_local_heads, f"give 0 to num_attention_heads ({heads})")
+                raise impossible("num_local_heads", self.num_local_heads, f"give 0 to num_attention_heads ({heads})")
             shifted = _of_layer(self.num_shifted_heads, layer)
             if shifted is not None and not 0 <= shifted <= heads - local:
-                raise _impossible(
+                raise impossible(
                     "num_shifted_heads",
                     self.num_shifted_heads,
                     f"give 0 to {heads - local}, the heads of layer {layer} that are not local ({local} are)",
                 )
+            if shifted and not self.causal:
+                remedy = "give 0, or None: with causal=False what follows a match can be the token itself"
+                raise impossible("num_shifted_heads", self.num_shifted_heads, remedy)
         if self.share_layer_weights and isinstance(self.num_local_heads, list) and len(set(self.num_local_heads)) > 1:
             remedy = "give all layers as many with share_layer_weights=True"
-            raise _impossible("num_local_heads", self.num_local_heads, remedy)
+            raise impossible("num_local_heads", self.num_local_heads, remedy)
         dim = self.head_dim or self.hidden_size // heads
         has_local = self.num_local_heads is None and heads > 1 or bool(_most(self.num_local_heads))
         rotates = (self.local_rotary and has_local) or self.position_type == "rotary"
         if rotates and dim % 2:
-            raise _impossible(
+            raise impossible(
                 "head_dim",
                 dim,
                 'make it even for rotary positions, or set local_rotary=False and position_type="axial"',
-            )
-
-    def _check_positions(self) -> None:
-        width = self.embedding_size or self.hidden_size
-        if self.position_type == "sinusoidal" and width % 2:
-            raise _impossible("embedding_size", width, "make it even for sinusoidal positions")
-        if self.position_type != "axial":
-            for name in ("axial_shape", "axial_dims"):
-                if getattr(self, name) is not None:
-                    remedy = f'leave it out, or set position_type="axial" (it is "{self.position_type}")'
-                    raise _impossible(name, getattr(self, name), remedy)
-            return
-        shape = self.axial_shape
-        if shape is not None:
-            if len(shape) != 2 or any(not isinstance(side, int) or side < 1 for side in shape):
-                raise _impossible("axial_shape", shape, "give two positive whole numbers")
-            if math.prod(shape) < self.max_position_embeddings:
-                raise _impossible(
-                    "axial_shape",
-                    shape,
-                    f"its product is {math.prod(shape)}; make it at least "
-                    f"max_position_embeddings ({self.max_position_embeddings})",
-                )
-        if self.axial_dims is not None and (
-            len(self.axial_dims) != 2 or min(self.axial_dims) < 1 or sum(self.axial_dims) != width
-        ):
-            raise _impossible(
-                "axial_dims", self.axial_dims, f"give two numbers that add up to {width}, or leave it out"
             )
 
     def _resolve(self) -> None:
@@ -371,17 +370,6 @@ class ReformerLMConfig(PreTrainedConfig):
         if isinstance(self.num_buckets, int):
             self.num_buckets = math.prod(factorize_buckets(self.num_buckets))
 
-    def _require_count(self, name: str, least: int, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise _impossible(name, value, f"give a whole number of at least {least}")
-
-    def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise _impossible(name, getattr(self, name), "choose " + ", ".join(f'"{c}"' for c in choices))
-
 
 def _own_list(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
@@ -394,7 +382,3 @@ def _of_layer(value: Any, layer_index: int) -> Any:
 
 def _most(value: Any) -> Any:
     return max(value) if isinstance(value, list) else value
-
-
-def _impossible(name: str, value: object, remedy: str) -> ValueError:
-    return ValueError(f"{name}={value!r} is not possible: {remedy}")

@@ -13,11 +13,15 @@ PACKAGE = ROOT / "reformer_lm"
 OPEN = {"errors", "version"}
 ALLOWED = {
     "ops": set(),
-    "config": {"ops"},
+    "config": {"ops", "config_checks"},
+    "config_checks": set(),
     "cache": {"ops", "config"},
     "layers": {"ops", "config", "cache"},
     "pretrained": {"config", "layers"},
-    "model": {"ops", "config", "cache", "layers", "pretrained"},
+    "backbone": {"config", "cache", "layers", "pretrained"},
+    "heads": {"ops", "config", "layers", "pretrained", "backbone"},
+    "model": {"config", "cache", "pretrained", "backbone", "heads"},
+    "encoder_decoder": {"config", "cache", "backbone", "model"},
     "wrapper": {"model"},
     # convert compares the angles of positions.
     "convert": {"config", "layers", "model", "text", "command_line"},
@@ -28,9 +32,9 @@ ALLOWED = {
     "scoring": {"model", "text"},
     "generation": {"text", "cache"},
     # training compiles the feed-forward blocks one by one.
-    "training": {"config", "layers", "model", "text", "corpus", "generation", "pages", "command_line"},
-    "prediction": {"config", "model", "text", "corpus", "generation", "scoring", "pages", "command_line"},
-    "__init__": {"cache", "config", "layers", "model", "wrapper"},
+    "training": {"config", "layers", "heads", "model", "text", "corpus", "generation", "pages", "command_line"},
+    "prediction": {"config", "heads", "model", "text", "corpus", "generation", "scoring", "pages", "command_line"},
+    "__init__": {"backbone", "cache", "config", "encoder_decoder", "heads", "layers", "model", "wrapper"},
 }
 # transformers is for the model's shell, tokenizers and the jobs; accelerate for training only.
 ALLOWED_PACKAGES = {
@@ -38,7 +42,10 @@ ALLOWED_PACKAGES = {
         "config",
         "cache",
         "pretrained",
+        "backbone",
+        "heads",
         "model",
+        "encoder_decoder",
         "wrapper",
         "text",
         "corpus",

@@ -45,6 +45,11 @@ def test_saved_configuration_loads_equal(tmp_path: Path) -> None:
         ({"bucket_size": 0}, ["bucket_size=0", "at least 1"]),
         ({"num_hashes": 2.5}, ["num_hashes=2.5", "whole number"]),
         ({"lsh_mask": "future"}, ["lsh_mask='future'", '"causal"', '"chunked"']),
+        ({"causal": False}, ["causal=False", 'lsh_mask="chunked"']),
+        (
+            {"causal": False, "lsh_mask": "chunked", "num_shifted_heads": 1},
+            ["num_shifted_heads=1", "causal=False"],
+        ),
         ({"key_norm": "l2"}, ["key_norm='l2'", '"rms"']),
         ({"rehash": "often"}, ["rehash='often'", '"step"']),
         ({"num_local_heads": 9}, ["num_local_heads=9", "num_attention_heads (8)"]),

@@ -153,12 +153,11 @@ def test_packed_documents_in_chunked_mode_read_their_own_document_only() -> None
     assert embeds.grad[0, 30].abs().sum() > 0
 
 
-def test_inputs_of_the_chunked_mode_are_refused_in_causal_mode() -> None:
+def test_wrong_masks_and_contexts_are_refused() -> None:
     model = make_model()
     x = tokens_like(1, 8, 0)
     for name, value in {
         "input_attn_mask": torch.ones(1, 8, 8, dtype=torch.bool),
-        "keys": torch.zeros(1, 3, 24, dtype=torch.float64),
     }.items():
         with pytest.raises(ValueError, match=f'{name} needs lsh_mask="chunked"'):
             model(x, **{name: value})
@@ -169,9 +168,10 @@ def test_inputs_of_the_chunked_mode_are_refused_in_causal_mode() -> None:
         chunked(x, context_mask=torch.ones(1, 3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("threshold", [0, 1000])
-def test_a_context_is_seen_with_gradients_and_its_padding_is_not(threshold: int) -> None:
-    model = make_model(lsh_mask="chunked", num_mem_kv=2, full_attention_threshold=threshold)
+@pytest.mark.parametrize("lsh_mask", ["chunked", "causal"])
+@pytest.mark.parametrize("threshold", [0, 15, 1000])
+def test_a_context_is_seen_with_gradients_and_its_padding_is_not(threshold: int, lsh_mask: str) -> None:
+    model = make_model(lsh_mask=lsh_mask, num_mem_kv=2, full_attention_threshold=threshold)
     x = tokens_like(2, 40, 0)
     context = torch.randn(2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
@@ -338,8 +338,6 @@ def test_clear_errors() -> None:
         model(x[:, :5], attention_mask=mask)
     with pytest.raises(ValueError, match="labels has shape"):
         model(x[:, :5], labels=x[:, :6])
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(x[:, :5], output_attentions=True)
 
 
 @pytest.mark.parametrize("position_type", ["axial", "absolute"])

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.beginnings import BeginningsInFront
+from reformer_lm.layers.chunked import attend_in_chunks
 from reformer_lm.layers.decoding import attend_from_cache
-from reformer_lm.layers.heads import AttentionReplay, HeadGroup, Projections
+from reformer_lm.layers.heads import AttentionReplay, HeadGroup, Projections, mask_of_extra, memory_of
 from reformer_lm.layers.lending import Borrower
 from reformer_lm.layers.linear import Linear, ResidualLinear
 from reformer_lm.layers.positions import apply_rotary
@@ -30,7 +31,6 @@ from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import SELF_ATTENTION_BIAS, normalize_keys
 from reformer_lm.ops.local import local_attention
 from reformer_lm.ops.lsh import lsh_attention
-from reformer_lm.ops.lsh_chunked import chunked_lsh_attention
 from reformer_lm.ops.shared_qk import shared_qk_attention
 
 # A prime larger than any count of layers or steps, to keep seeds apart.
@@ -38,11 +38,11 @@ _SEED_STRIDE = 1_000_000_007
 
 
 class LSHSelfAttention(Borrower):
-    """Multi-head causal self-attention; the first ``num_local_heads`` heads are local, the others LSH.
+    """Multi-head self-attention; the first ``num_local_heads`` heads are local, the others LSH.
 
     LSH heads share one projection for queries and keys and find far matches; local heads see the last
-    ``local_window`` tokens and keep short-range order. Source: Kitaev et al. 2020, section 2; the local heads follow
-    Roy et al. 2020 (arXiv 2003.05997), section 4.
+    ``local_window`` tokens (those of a bidirectional model the next ones, too) and keep short-range order. Source:
+    Kitaev et al. 2020, section 2; the local heads follow Roy et al. 2020 (arXiv 2003.05997), section 4.
 
     Args:
         config: of the model.
@@ -69,7 +69,8 @@ class LSHSelfAttention(Borrower):
         self.shifted_heads = config.shifted_heads_of(layer_index)
         self.local_window = config.local_window
         self.lsh_window = config.lsh_window
-        self.causal = config.lsh_mask == "causal"
+        self.exact = config.lsh_mask == "causal"
+        self.causal = config.causal
         chunks = min(config.attn_chunks, self.heads)
         borders = [self.heads * index // chunks for index in range(chunks + 1)]
         self.groups = [HeadGroup(begin, end) for begin, end in itertools.pairwise(borders)]
@@ -211,8 +212,11 @@ class LSHSelfAttention(Borrower):
         if count:
             parts.append(self._local(query_key[:, :count], local_key, value[:, :count], info, dropout_p))
         if lsh.end > lsh.begin:
-            attend = self._lsh_causal if self.causal else self._lsh_chunked
-            parts.append(attend(query_key[:, count:], value[:, count:], extra, info, replay, dropout_p, lsh))
+            shared, v = query_key[:, count:], value[:, count:]
+            if self.exact:
+                parts.append(self._lsh_causal(shared, v, extra, info, replay, dropout_p, lsh))
+            else:
+                parts.append(attend_in_chunks(self, shared, v, extra, info, replay, dropout_p, lsh))
         merged = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return merged.transpose(1, 2).flatten(2)
 
@@ -254,7 +258,8 @@ class LSHSelfAttention(Borrower):
             keys,
             v,
             window=self.local_window,
-            exact_window=self.causal,
+            exact_window=self.exact,
+            causal=self.causal,
             self_bias=SELF_ATTENTION_BIAS if shared else 0.0,
             dropout_p=dropout_p,
             mask_BT=info.mask,
@@ -274,7 +279,7 @@ class LSHSelfAttention(Borrower):
             replay.buckets = hash_vectors(shared, tuple(rotation[own] for rotation in rotations))
         return replay.buckets
 
-    def _shifted(self, lsh: HeadGroup) -> int:
+    def shifted_of(self, lsh: HeadGroup) -> int:
         """How many heads of a group read what followed a match: of all heads the last ``shifted_heads``."""
         return max(0, lsh.end - max(lsh.begin, self.heads - self.shifted_heads))
 
@@ -299,6 +304,7 @@ class LSHSelfAttention(Borrower):
         # The first positions attend to everything before them, whatever the length: a rule by position keeps the
         # model exactly causal, one by length (the peers') would not.
         rotated = self.rotate(shared, info)
+        extra_mask = mask_of_extra(extra, info)
         threshold = config.full_attention_threshold
         begin = BeginningsInFront(shared.shape[2], threshold, info.documents) if threshold else None
         head = None
@@ -307,10 +313,11 @@ class LSHSelfAttention(Borrower):
                 begin.take(rotated),
                 begin.take(v),
                 key_norm=config.key_norm,
-                num_shifted_heads=self._shifted(lsh),
+                num_shifted_heads=self.shifted_of(lsh),
                 dropout_p=dropout_p,
                 documents_BT=begin.documents,
                 extra=extra,
+                extra_mask_BE=extra_mask,
             )
             if begin.is_all:
                 return head
@@ -322,77 +329,12 @@ class LSHSelfAttention(Borrower):
             buckets,
             window=self.lsh_window,
             key_norm=config.key_norm,
-            num_shifted_heads=self._shifted(lsh),
+            num_shifted_heads=self.shifted_of(lsh),
             dropout_p=dropout_p,
             allow_duplicates=config.allow_duplicate_attention,
             documents_BT=info.documents,
-            # Memory is the same in every row.
-            memory=None if extra is None else (extra[0][0], extra[1][0]),
+            memory=memory_of(extra, info.context is not None),
+            memory_mask_BM=extra_mask,
             kept=replay.kept,
         )
         return out if begin is None or head is None else begin.replace(out, head)
-
-    def _lsh_chunked(
-        self,
-        shared: Tensor,
-        v: Tensor,
-        extra: tuple[Tensor, Tensor] | None,
-        info: SequenceInfo,
-        replay: AttentionReplay,
-        dropout_p: float,
-        lsh: HeadGroup,
-    ) -> Tensor:
-        config = self.config
-        tokens = shared.shape[2]
-        rotated = self.rotate(shared, info)
-        extra_mask = None
-        if extra is not None and info.context_mask is not None:
-            learned = extra[0].shape[2] - info.context_mask.shape[1]
-            extra_mask = functional.pad(info.context_mask, (learned, 0), value=True)
-        length = tokens + (0 if extra is None else extra[0].shape[2])
-        if length <= config.full_attention_threshold:
-            # Unrotated, as reformer-pytorch has it.
-            out = shared_qk_attention(
-                shared,
-                v,
-                key_norm=config.key_norm,
-                num_shifted_heads=self._shifted(lsh),
-                dropout_p=dropout_p,
-                mask_BT=info.mask,
-                attention_mask_BTT=info.attention_mask,
-                documents_BT=info.documents,
-                extra=extra,
-                extra_mask_BE=extra_mask,
-            )
-            return out
-        # reformer-pytorch's rule: as many buckets as the current length has chunks.
-        num_buckets = config.buckets_per_round or max(2, 2 * -(-length // (2 * config.bucket_size)))
-        mask = info.mask
-        if extra is not None:
-            # They are hashed and sorted with the tokens, behind which they stand.
-            shared, rotated = (torch.cat((x, extra[0]), dim=2) for x in (shared, rotated))
-            v = torch.cat((v, extra[1]), dim=2)
-            if mask is not None or extra_mask is not None:
-                real = shared.new_ones(shared.shape[0], length, dtype=torch.bool)
-                if mask is not None:
-                    real[:, :tokens] = mask
-                if extra_mask is not None:
-                    real[:, tokens:] = extra_mask
-                mask = real
-        buckets = self.hash(shared, num_buckets, info, replay, lsh)
-        out = chunked_lsh_attention(
-            rotated,
-            v,
-            buckets,
-            chunk_size=config.bucket_size,
-            key_norm=config.key_norm,
-            attend_across_buckets=config.attend_across_buckets,
-            allow_duplicates=config.allow_duplicate_attention,
-            num_shifted_heads=self._shifted(lsh),
-            dropout_p=dropout_p,
-            mask_BT=mask,
-            attention_mask_BTT=info.attention_mask,
-            documents_BT=info.documents,
-            num_queries=tokens,
-        )
-        return out

@@ -65,3 +65,18 @@ class Compaction:
         x = x * self.mask.unsqueeze(-1)
         index = self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return x.new_zeros(batch, tokens, x.shape[-1]).scatter(1, index, x)
+
+    def unpack_weights(self, x: Tensor) -> Tensor:
+        """Attention weights [B, H, longest row, S] -> [B, H, T, S + T - longest row], zeros at the padding.
+
+        What follows the tokens among the keys (memory, a context) stays behind them.
+        """
+        batch, tokens = self.real.shape
+        heads, behind = x.shape[1], x.shape[3] - self.longest
+        x = x * self.mask[:, None, :, None]
+        of_keys = torch.cat((self.order, torch.arange(behind, device=x.device).expand(batch, -1) + tokens), dim=1)
+        # Columns of padding hold what a mask hides from real tokens: nothing.
+        wide = x.new_zeros(batch, heads, self.longest, tokens + behind)
+        wide.scatter_(3, of_keys[:, None, None, :].expand(-1, heads, self.longest, -1), x)
+        index = self.order[:, None, :, None].expand(-1, heads, -1, tokens + behind)
+        return x.new_zeros(batch, heads, tokens, tokens + behind).scatter_(2, index, wide)

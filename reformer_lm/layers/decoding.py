@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reformer_lm.layers.heads import AttentionReplay, HeadGroup
+from reformer_lm.cache import CachedContext
+from reformer_lm.layers.heads import AttentionReplay, HeadGroup, mask_of_extra, memory_of
 from reformer_lm.layers.sequence import SequenceInfo
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ def attend_from_cache(layer: LSHSelfAttention, x: Tensor, info: SequenceInfo) ->
     state.prepare(x.shape[0], x.device)
     is_prompt = x.shape[1] > 1 and state.get_seq_length() == 0
     heads = layer.project(x, info)
+    if state.context is not None:
+        # The first tokens were given one, which was projected then: nobody looks at these vectors again.
+        heads = heads._replace(extra=state.context.extra)
+        info = replace(info, context=state.context.extra[0], context_mask=state.context.mask)
+    elif info.context is not None and heads.extra is not None:
+        state.context = CachedContext(heads.extra, mask_of_extra(heads.extra, info))
     replay = AttentionReplay()
     merged = layer.attend(heads, info, replay, dropout_p=0.0) if is_prompt else None
     border = layer.local_heads
@@ -53,9 +61,8 @@ def attend_from_cache(layer: LSHSelfAttention, x: Tensor, info: SequenceInfo) ->
         if is_prompt:
             state.lsh.fill(rotated, values, buckets, counts)
         else:
-            # Memory is the same in every row.
-            memory = None if heads.extra is None else (heads.extra[0][0], heads.extra[1][0])
-            parts.append(state.lsh.attend(rotated, values, buckets, counts, memory))
+            memory = memory_of(heads.extra, info.context is not None)
+            parts.append(state.lsh.attend(rotated, values, buckets, counts, memory, mask_of_extra(heads.extra, info)))
     if merged is not None:
         return merged
     return torch.cat(parts, dim=1).transpose(1, 2).flatten(2)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import pad
 
+from reformer_lm.layers.sequence import SequenceInfo
 from reformer_lm.ops.kept_attention import KeptAttention
 
 
@@ -50,3 +52,18 @@ class Projections(NamedTuple):
     value: Tensor
     local_key: Tensor | None
     extra: tuple[Tensor, Tensor] | None
+
+
+def mask_of_extra(extra: tuple[Tensor, Tensor] | None, info: SequenceInfo) -> Tensor | None:
+    """Which of the E extra vectors each row sees: bool [B, E], or None for all. The learned ones come first."""
+    if extra is None or info.context_mask is None:
+        return None
+    learned = extra[0].shape[2] - info.context_mask.shape[1]
+    return pad(info.context_mask, (learned, 0), value=True)
+
+
+def memory_of(extra: tuple[Tensor, Tensor] | None, has_context: bool) -> tuple[Tensor, Tensor] | None:
+    """Extra vectors and values as LSH attention takes them: learned memory alone is the same in every row."""
+    if extra is None or has_context:
+        return extra
+    return extra[0][0], extra[1][0]

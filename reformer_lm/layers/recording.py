@@ -98,7 +98,7 @@ def _record(
     if buckets is None:
         return AttentionRecord(layer.layer_index, None, None, weights)
     keys = buckets.long()
-    if info.documents is not None and layer.causal:
+    if info.documents is not None and layer.exact:
         # As lsh_attention sorts them.
         keys = keys + info.documents.long()[:, None, None] * (keys.max() + 1)
     return AttentionRecord(layer.layer_index, buckets.long(), sort_by_bucket(keys).order, weights)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from reformer_lm.cache import LSHCache
-from reformer_lm.config import ReformerLMConfig
 from reformer_lm.layers.positions import rotary_factors
 
 
@@ -18,11 +17,11 @@ class SequenceInfo:
 
     Attributes:
         position_ids: int64 [B or 1, T].
-        mask: optional bool [B, T], True for real tokens. Needed in chunked mode only: in causal mode padding stands
-            behind the last real token, where nothing real can see it.
+        mask: optional bool [B, T], True for real tokens, which come first in each row. Needed in chunked mode only: in
+            causal mode padding stands behind the last real token, where nothing real can see it.
         documents: optional int64 [B, T], constant over each document; tokens see their own document only.
         attention_mask: optional bool [B or 1, T, T], True where a query may see a key; chunked mode only.
-        context: optional [B, C, hidden_size], vectors of another sequence that every token sees; chunked mode only.
+        context: optional [B, C, hidden_size], vectors of another sequence that every token sees.
         context_mask: optional bool [B, C], False for padding of the context.
         hash_step: number of the training step with ``rehash="step"``, else None (fixed rotations).
         cache: the tokens before these, which they then join; None where these are the first and none will follow.
@@ -39,6 +38,7 @@ class SequenceInfo:
     cache: LSHCache | None = None
     counts: Tensor | None = None
     _rotary: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _rows: list[tuple[Tensor, int, Tensor | None]] = field(default_factory=list, repr=False)
 
     def rotary(self, dim: int, dtype: torch.dtype) -> Tensor:
         """`rotary_factors` of these positions for vectors of a dtype, computed once for all layers."""
@@ -47,31 +47,29 @@ class SequenceInfo:
             self._rotary[key] = rotary_factors(self.position_ids, *key)
         return self._rotary[key]
 
+    def rows_by_length(self) -> list[tuple[Tensor, int, Tensor | None]]:
+        """Rows that have as many tokens, and see as much of the context, as each other; found once for all layers.
 
-def check_chunked_only(
-    config: ReformerLMConfig,
-    shape: torch.Size,
-    input_attn_mask: Tensor | None,
-    keys: Tensor | None,
-    context_mask: Tensor | None,
-) -> None:
-    """Makes sure that a model can use its optional inputs; see `ReformerLMModel.forward`.
-
-    Args:
-        config: of the model.
-        shape: of the tokens, (B, T).
-        input_attn_mask: or None.
-        keys: or None.
-        context_mask: or None.
-
-    Raises:
-        ValueError: one is given in causal mode, or has the wrong shape.
-    """
-    given = {"input_attn_mask": input_attn_mask, "keys": keys, "context_mask": context_mask}
-    for name, tensor in given.items():
-        if tensor is not None and config.lsh_mask != "chunked":
-            raise ValueError(f'{name} needs lsh_mask="chunked": leave it out, or change the configuration')
-    if keys is not None and (keys.dim() != 3 or keys.shape[::2] != (shape[0], config.hidden_size)):
-        raise ValueError(f"keys has shape {tuple(keys.shape)}, expected ({shape[0]}, C, {config.hidden_size})")
-    if context_mask is not None and (keys is None or context_mask.shape != keys.shape[:2]):
-        raise ValueError("context_mask must be given with keys and have their first two sizes")
+        Returns:
+            For each such group the rows (int64 [n]), how many tokens they have (at least 1), and the columns of the
+            context that each sees (int64 [n, c]; None without a context).
+        """
+        if not self._rows:
+            given = [mask for mask in (self.mask, self.context_mask) if mask is not None]
+            device = given[0].device
+            batch = given[0].shape[0]
+            lengths = [self.position_ids.shape[1]] * batch if self.mask is None else self.mask.sum(dim=1).tolist()
+            seen = self.context_mask
+            if seen is None and self.context is not None:
+                seen = torch.ones(self.context.shape[:2], dtype=torch.bool, device=device)
+            counts = [0] * batch if seen is None else seen.sum(dim=1).tolist()
+            # Columns that are seen first, in their order.
+            order = None if seen is None else torch.sort(seen.byte(), dim=1, descending=True, stable=True).indices
+            groups: dict[tuple[int, int], list[int]] = {}
+            for row, key in enumerate(zip(lengths, counts, strict=True)):
+                groups.setdefault(key, []).append(row)
+            for (length, count), members in groups.items():
+                rows = torch.tensor(members, device=device)
+                if length:
+                    self._rows.append((rows, length, None if order is None else order[rows, :count]))
+        return self._rows

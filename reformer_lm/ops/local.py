@@ -16,12 +16,13 @@ def local_attention(
     *,
     window: int,
     exact_window: bool = True,
+    causal: bool = True,
     self_bias: float = 0.0,
     dropout_p: float = 0.0,
     mask_BT: Tensor | None = None,
     documents_BT: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over the last ``window`` tokens.
+    """Attention over the last ``window`` tokens and, without causality, over as many of the next ones.
 
     Args:
         q_BHTD: queries [B, H, T, D].
@@ -30,6 +31,8 @@ def local_attention(
         window: number of tokens seen, the token itself included. It is also the block length.
         exact_window: True: token i sees j with i - window < j <= i. False: token i sees its own block up to i and
             the whole block before, as the local-attention package does (between ``window`` and 2 ``window`` tokens).
+        causal: whether later tokens are hidden. If not, exactly token i sees j with abs(i - j) < window; in blocks it
+            sees all of its own block, the block before and the block behind.
         self_bias: added to a token's logit with itself (-5e4 with shared queries and keys).
         dropout_p: probability of dropping an attention weight.
         mask_BT: optional bool [B, T], True where a token may be attended to; a token with nothing to attend to
@@ -44,11 +47,13 @@ def local_attention(
     blocks = -(-tokens // window)
     padding = blocks * window - tokens
     scale = 1.0 / math.sqrt(dim)
-    # The padding stands behind the last token, so causality hides it from every real one.
+    # With causality the padding, which stands behind the last token, is hidden from every real one.
     q, k, v = (pad(x.flatten(0, 1), (0, 0, 0, padding)) for x in (q_BHTD, k_BHTD, v_BHTD))
     q_blocks = q.unflatten(1, (blocks, window))
-    allowed, bias = _window_mask(window, exact_window, self_bias, q)
+    allowed, bias = _window_mask(window, exact_window, causal, self_bias, q)
     keys_allowed: Tensor | None = None
+    if mask_BT is None and not causal:
+        mask_BT = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
     if mask_BT is not None:
         keys_allowed = pad(mask_BT, (0, padding), value=False)
         keys_allowed = keys_allowed.unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
@@ -56,6 +61,20 @@ def local_attention(
     if documents_BT is not None:
         documents = pad(documents_BT, (0, padding), value=-1).unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
 
+    if not causal:
+        # [n, blocks, 3W, D]: each block's keys with those of the blocks around it; nobody stands beyond the ends.
+        k_triples, v_triples = (
+            pad(x, (0, 0, window, window)).unfold(1, 3 * window, window).transpose(-1, -2) for x in (k, v)
+        )
+        assert keys_allowed is not None
+        keys_triples = pad(keys_allowed, (window, window), value=False).unfold(1, 3 * window, window)
+        document_triples = None
+        if documents is not None:
+            document_triples = pad(documents, (window, window), value=-1).unfold(1, 3 * window, window)
+        out = _attend(
+            q_blocks, k_triples, v_triples, allowed, bias, keys_triples, document_triples, dropout_p, scale, window
+        )
+        return out.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads))
     # The first block has no block before it.
     first = _attend(
         q_blocks[:, :1],
@@ -67,6 +86,7 @@ def local_attention(
         None if documents is None else documents[:, None, :window],
         dropout_p,
         scale,
+        0,
     )
     if blocks == 1:
         out = first
@@ -75,19 +95,27 @@ def local_attention(
         k_pairs, v_pairs = (x.unfold(1, 2 * window, window).transpose(-1, -2) for x in (k, v))
         keys_pairs = None if keys_allowed is None else keys_allowed.unfold(1, 2 * window, window)
         document_pairs = None if documents is None else documents.unfold(1, 2 * window, window)
-        rest = _attend(q_blocks[:, 1:], k_pairs, v_pairs, allowed, bias, keys_pairs, document_pairs, dropout_p, scale)
+        rest = _attend(
+            q_blocks[:, 1:], k_pairs, v_pairs, allowed, bias, keys_pairs, document_pairs, dropout_p, scale, window
+        )
         out = torch.cat((first, rest), dim=1)
     return out.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads))
 
 
-def _window_mask(window: int, exact_window: bool, self_bias: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of 2W keys (the block before, the own block) each of W queries may see, and the bias on them."""
-    column = torch.arange(2 * window, device=like.device)
+def _window_mask(
+    window: int, exact_window: bool, causal: bool, self_bias: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which keys each of W queries may see, and the bias on them.
+
+    The 2W keys are the block before and the own block; without causality the block behind follows.
+    """
+    keys = (2 if causal else 3) * window
+    column = torch.arange(keys, device=like.device)
     own = torch.arange(window, 2 * window, device=like.device).unsqueeze(1)
-    allowed = column <= own
+    allowed = (column <= own) if causal else torch.ones(window, keys, dtype=torch.bool, device=like.device)
     if exact_window:
-        allowed = allowed & (column > own - window)
-    bias = torch.zeros(window, 2 * window, dtype=like.dtype, device=like.device)
+        allowed = allowed & (column > own - window) & (column < own + window)
+    bias = torch.zeros(window, keys, dtype=like.dtype, device=like.device)
     bias.masked_fill_(column == own, self_bias)
     return allowed, bias
 
@@ -102,17 +130,18 @@ def _attend(
     documents: Tensor | None,
     dropout_p: float,
     scale: float,
+    own_begin: int,
 ) -> Tensor:
+    """Attention of blocks of W queries, the first of which stands at place ``own_begin`` among its block's keys."""
     full = bias.masked_fill(~allowed, -math.inf)
     if keys_allowed is not None:
         # A token always keeps itself, or a fully masked row would be NaN.
-        width = full.shape[-1]
-        own = torch.arange(full.shape[0], device=q.device).unsqueeze(1) + width - full.shape[0]
-        itself = torch.arange(width, device=q.device) == own
+        own = torch.arange(full.shape[0], device=q.device).unsqueeze(1) + own_begin
+        itself = torch.arange(full.shape[1], device=q.device) == own
         full = torch.where(keys_allowed.unsqueeze(2) | itself, full, -math.inf)
     if documents is not None:
-        # The block's own tokens are the last of its keys.
-        same = documents[..., -full.shape[-2] :].unsqueeze(-1) == documents.unsqueeze(-2)
+        of_queries = documents[..., own_begin : own_begin + full.shape[-2]]
+        same = of_queries.unsqueeze(-1) == documents.unsqueeze(-2)
         full = full.masked_fill(~same, -math.inf)
     if full.dim() == 2:
         full = full.expand(1, 1, -1, -1)

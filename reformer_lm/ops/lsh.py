@@ -44,6 +44,7 @@ def lsh_attention(
     allow_duplicates: bool = True,
     documents_BT: Tensor | None = None,
     memory: tuple[Tensor, Tensor] | None = None,
+    memory_mask_BM: Tensor | None = None,
     kept: KeptAttention | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -63,8 +64,10 @@ def lsh_attention(
             once only (the N_ij of Kitaev et al. 2020, section 2).
         documents_BT: optional integers [B, T], the same within a document; tokens see their own document only. A
             document's tokens must stand together.
-        memory: optional shared vectors [H, M, D] and values [H, M, D_v] that every token sees besides its matches; no
-            token then attends to itself.
+        memory: optional shared vectors [H, M, D] and values [H, M, D_v], or [B, H, M, D] and [B, H, M, D_v] where each
+            row has its own, that every token sees besides its matches; no token then attends to itself.
+        memory_mask_BM: optional bool [B, M], False for memory that a row does not see. A row that sees none attends as
+            if there were none.
         kept: what is given empty comes back filled; given again with the same input, that costs no forward pass. The
             reference backend leaves it empty.
         backend: "torch" (any device), "flex" (CUDA; no dropout, no memory, duplicates counted), "reference" (the
@@ -77,7 +80,7 @@ def lsh_attention(
         ValueError: shapes that do not fit, ``window`` < 1, an unknown backend, or one named that cannot run.
     """
     _check_shapes(qk_BHTD, v_BHTD, buckets_BHRT, window, num_shifted_heads)
-    _check_extras(qk_BHTD, v_BHTD, documents_BT, memory)
+    _check_extras(qk_BHTD, v_BHTD, documents_BT, memory, memory_mask_BM)
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("auto", "flex"):
@@ -106,6 +109,7 @@ def lsh_attention(
             num_shifted_heads=num_shifted_heads,
             allow_duplicates=allow_duplicates,
             memory=memory,
+            memory_mask=memory_mask_BM,
         )
     values = shift_values(v_BHTD, num_shifted_heads)
     if kept is not None and kept.is_filled:
@@ -125,8 +129,11 @@ def lsh_attention(
         out = lsh_attention_flex(qk_BHTD, values, order, window=window, key_norm=key_norm, kept=kept)
         return torch.where(matched.unsqueeze(-1), out, v_BHTD * plain.view(1, -1, 1, 1))
     alone = None
-    if memory is None:
-        alone = (~matched & plain.view(1, -1, 1)).flatten().nonzero().squeeze(1)
+    if memory is None or memory_mask_BM is not None:
+        reads_itself = ~matched & plain.view(1, -1, 1)
+        if memory_mask_BM is not None:
+            reads_itself &= ~memory_mask_BM.any(dim=1).view(-1, 1, 1)
+        alone = reads_itself.flatten().nonzero().squeeze(1)
     return lsh_attention_torch(
         qk_BHTD,
         values,
@@ -137,6 +144,7 @@ def lsh_attention(
         dropout_p=dropout_p,
         allow_duplicates=allow_duplicates,
         memory=memory,
+        memory_mask=memory_mask_BM,
         kept=kept,
     )
 
@@ -175,17 +183,32 @@ def _check_shapes(qk: Tensor, v: Tensor, buckets: Tensor, window: int, num_shift
         raise ValueError(f"num_shifted_heads must lie between 0 and the {heads} heads, got {num_shifted_heads}")
 
 
-def _check_extras(qk: Tensor, v: Tensor, documents: Tensor | None, memory: tuple[Tensor, Tensor] | None) -> None:
+def _check_extras(
+    qk: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    memory: tuple[Tensor, Tensor] | None,
+    memory_mask: Tensor | None,
+) -> None:
     batch, heads, tokens, dim = qk.shape
     if documents is not None and (documents.shape != (batch, tokens) or documents.is_floating_point()):
         raise ValueError(
             f"documents must be integers {(batch, tokens)}, got {tuple(documents.shape)} of {documents.dtype}"
         )
     if memory is not None:
-        count = memory[0].shape[1] if memory[0].dim() == 3 else 0
-        expected = (heads, count, dim), (heads, count, v.shape[-1])
+        count = memory[0].shape[-2] if memory[0].dim() in (3, 4) else 0
+        rows = (batch,) if memory[0].dim() == 4 else ()
+        expected = (*rows, heads, count, dim), (*rows, heads, count, v.shape[-1])
         if count < 1 or tuple(m.shape for m in memory) != expected:
             raise ValueError(
                 f"memory must be vectors [H, M, D] and values [H, M, D_v] with H={heads}, M >= 1, D={dim}, "
-                f"D_v={v.shape[-1]}, got {tuple(memory[0].shape)} and {tuple(memory[1].shape)}"
+                f"D_v={v.shape[-1]}, or both with {batch} rows in front, got {tuple(memory[0].shape)} and "
+                f"{tuple(memory[1].shape)}"
             )
+    if memory_mask is not None and (
+        memory is None or memory_mask.dtype != torch.bool or memory_mask.shape != (batch, memory[0].shape[-2])
+    ):
+        raise ValueError(
+            f"memory_mask_BM must come with memory and be bool [{batch}, M], "
+            f"got {memory_mask.dtype} {list(memory_mask.shape)}"
+        )

@@ -9,6 +9,7 @@ and so are the outputs, to rounding.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ from torch.nn import functional
 
 from reformer_lm.ops.keys import normalize_keys
 from reformer_lm.ops.lsh_ring_state import MOST_AT_ONCE, NOBODY, RingState
+
+
+class _Memory(NamedTuple):
+    """Normalised keys [(B,) H, M, D], values [(B,) H, M, D_v] and a mask [B, M], or None."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    def logits(self, q: Tensor, factor: float) -> Tensor:
+        """Of queries [B, H, t, D]: [B, H, t, M], float32 or wider."""
+        logits = (q @ self.keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * factor
+        return logits if self.mask is None else logits.masked_fill(~self.mask[:, None, None, :], -math.inf)
 
 
 class LSHRings(RingState):
@@ -29,6 +43,7 @@ class LSHRings(RingState):
         buckets_BHRT: Tensor,
         counts_B: Tensor | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
+        memory_mask_BM: Tensor | None = None,
     ) -> Tensor:
         """Attention of new tokens over those before them, which they then join.
 
@@ -37,7 +52,9 @@ class LSHRings(RingState):
             v_BHTD: their values [B, H, T, D_v].
             buckets_BHRT: their buckets [B, H, R, T].
             counts_B: see `fill`. Behind the real tokens of a row the output means nothing.
-            memory: shared vectors [H, M, D] and values [H, M, D_v] that every token sees.
+            memory: shared vectors [H, M, D] and values [H, M, D_v] that every token sees; or each with its own for
+                every row of the batch.
+            memory_mask_BM: optional bool [B, M], False for memory that a row does not see.
 
         Returns:
             [B, H, T, D_v] in the dtype of ``v_BHTD``.
@@ -53,12 +70,17 @@ class LSHRings(RingState):
         if counts_B is None:
             counts_B = torch.full_like(self.lengths, tokens)
         step = min(self.window, MOST_AT_ONCE)
+        remembered = (
+            None if memory is None else _Memory(normalize_keys(memory[0], self.key_norm), memory[1], memory_mask_BM)
+        )
         parts = []
         for begin in range(0, tokens, step):
             piece = slice(begin, begin + step)
             real = (counts_B - begin).clamp(0, min(step, tokens - begin))
             parts.append(
-                self._attend_piece(qk_BHTD[:, :, piece], v_BHTD[:, :, piece], buckets_BHRT[..., piece], real, memory)
+                self._attend_piece(
+                    qk_BHTD[:, :, piece], v_BHTD[:, :, piece], buckets_BHRT[..., piece], real, remembered
+                )
             )
         if even:
             self._longest = longest
@@ -114,9 +136,7 @@ class LSHRings(RingState):
         itself = v.new_zeros(()) if self._all_shifted else v * (self._shift == 0).view(1, -1, 1, 1)
         return torch.where(alone, itself, out)
 
-    def _attend_piece(
-        self, qk: Tensor, v: Tensor, buckets: Tensor, counts: Tensor, memory: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _attend_piece(self, qk: Tensor, v: Tensor, buckets: Tensor, counts: Tensor, memory: _Memory | None) -> Tensor:
         batch, heads, tokens, dim = qk.shape
         window = self.window
         wide = torch.promote_types(qk.dtype, torch.float32)
@@ -157,14 +177,14 @@ class LSHRings(RingState):
             # A key met in so many rounds: its weight times that number.
             parts.append(among + times.to(wide).log())
         if memory is not None:
-            parts.append((qk @ normalize_keys(memory[0], self.key_norm).transpose(-1, -2)).to(wide) * factor)
+            parts.append(memory.logits(qk, factor))
         weights, alone = _softmax(parts, v.dtype)
         out = (weights[0].unsqueeze(-2) @ values).squeeze(-2)
         if tokens > 1:
             following = torch.where(self._shift.view(1, -1, 1, 1) == 1, v.roll(-1, dims=2), v)
             out = out + weights[1] @ following
         if memory is not None:
-            out = out + weights[-1] @ memory[1]
+            out = out + weights[-1] @ memory.values
         early = places < self.full_attention_threshold
         if bool((early & real).any()):
             among_all, nobody = self._attend_to_all(qk, places, memory, int(places.max()))
@@ -173,9 +193,7 @@ class LSHRings(RingState):
         itself = (self._shift == 0).view(1, -1, 1, 1) & alone
         return torch.where(itself, v, out)
 
-    def _attend_to_all(
-        self, qk: Tensor, places: Tensor, memory: tuple[Tensor, Tensor] | None, last: int
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_to_all(self, qk: Tensor, places: Tensor, memory: _Memory | None, last: int) -> tuple[Tensor, Tensor]:
         """Attention of tokens at these places over all before them; and which tokens have none before them."""
         assert self._keys is not None and self._values is not None
         count = min(last, self.full_attention_threshold) + 1
@@ -185,12 +203,12 @@ class LSHRings(RingState):
         earlier = torch.arange(logits.shape[-1], device=qk.device) < places.unsqueeze(-1)
         parts = [logits.masked_fill(~earlier.unsqueeze(1), -math.inf)]
         if memory is not None:
-            parts.append((qk @ normalize_keys(memory[0], self.key_norm).transpose(-1, -2)).to(wide) * factor)
+            parts.append(memory.logits(qk, factor))
         weights, alone = _softmax(parts, self._values.dtype)
         plain = self._values[:, :, : logits.shape[-1]]
         following = self._values[:, :, 1 : logits.shape[-1] + 1]
         out = weights[0] @ torch.where(self._shift.view(1, -1, 1, 1) == 1, following, plain)
-        return (out if memory is None else out + weights[1] @ memory[1]), alone
+        return (out if memory is None else out + weights[1] @ memory.values), alone
 
 
 def _softmax(parts: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

@@ -37,6 +37,20 @@ class Settings(NamedTuple):
     allow_duplicates: bool
 
 
+class Memory(NamedTuple):
+    """What every token of a row sees besides its matches.
+
+    Attributes:
+        keys: [n, M, D], normalised.
+        values: [n, M, D_v].
+        mask: bool [n, M], False for what a row does not see; or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
 class Slice:
     """Some (batch, head) rows, worked through together.
 
@@ -55,7 +69,7 @@ class Slice:
         order: Tensor,
         start: Tensor,
         inverse: Tensor | None,
-        memory: tuple[Tensor, Tensor] | None,
+        memory: Memory | None,
         settings: Settings,
     ) -> None:
         self.rows, self.index, self.q, self.values = rows, index, q, values
@@ -226,23 +240,30 @@ class Slice:
     def _memory_forward(self) -> tuple[Tensor, Tensor]:
         """Attention of every token over the memory: output [n, T, D_v] and logsumexp [n, T]."""
         assert self.memory is not None
-        keys, values = self.memory
         generator = self._generator(self.order.shape[1])
         parts = [
-            self._softmax_forward(self._logits(self.q[:, tokens], keys, None), values, generator)
+            self._softmax_forward(self._memory_logits(self.q[:, tokens]), self.memory.values, generator)
             for tokens in self._memory_groups()
         ]
         return torch.cat([o for o, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
+    def _memory_logits(self, q: Tensor) -> Tensor:
+        assert self.memory is not None
+        logits = self._logits(q, self.memory.keys, None)
+        if self.memory.mask is not None:
+            # A row that sees no memory has a logsumexp that weighs nothing beside any match.
+            logits.masked_fill_(~self.memory.mask.unsqueeze(1), NO_WEIGHT)
+        return logits
+
     def _memory_backward(self, grad_q: Tensor, grad_out: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the memory's keys and values; that of the queries is added to ``grad_q``."""
         assert self.memory is not None
-        keys, values = self.memory
+        keys, values = self.memory.keys, self.memory.values
         generator = self._generator(self.order.shape[1])
-        grad_keys, grad_values = (torch.zeros_like(m, dtype=self.wide) for m in self.memory)
+        grad_keys, grad_values = (torch.zeros_like(m, dtype=self.wide) for m in (keys, values))
         for tokens in self._memory_groups():
             q = self.q[:, tokens]
-            logits = self._logits(q, keys, None)
+            logits = self._memory_logits(q)
             grad_logits, through_values = self._softmax_backward(
                 logits, values, lse[:, tokens], grad_out[:, tokens], delta[:, tokens], generator
             )
@@ -254,7 +275,7 @@ class Slice:
     def _memory_groups(self) -> Iterator[slice]:
         assert self.memory is not None
         n, tokens, _ = self.q.shape
-        step = max(1, self.logit_elements // (n * self.memory[0].shape[1]))
+        step = max(1, self.logit_elements // (n * self.memory.keys.shape[1]))
         for begin in range(0, tokens, step):
             yield slice(begin, begin + step)
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from reformer_lm.ops.hashing import SortedBuckets
 from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import KeyNorm, normalize_keys
-from reformer_lm.ops.lsh_slice import NO_WEIGHT, Settings, Slice
+from reformer_lm.ops.lsh_slice import NO_WEIGHT, Memory, Settings, Slice
 
 # Elements of one gathered tensor [rows, T, D] in a slice: on a CPU small enough to stay near the cache, on an
 # accelerator large enough to fill it.
@@ -41,6 +41,7 @@ def lsh_attention_torch(
     dropout_p: float = 0.0,
     allow_duplicates: bool = True,
     memory: tuple[Tensor, Tensor] | None = None,
+    memory_mask: Tensor | None = None,
     kept: KeptAttention | None = None,
 ) -> Tensor:
     """See `reformer_lm.ops.lsh_attention` for the semantics.
@@ -55,7 +56,9 @@ def lsh_attention_torch(
         key_norm: see `normalize_keys`.
         dropout_p: probability of dropping an attention weight.
         allow_duplicates: whether a key met in several rounds counts once for each of them.
-        memory: keys [H, M, D] and values [H, M, D_v] that every token sees.
+        memory: keys [H, M, D] and values [H, M, D_v] that every token sees; or each with its own for every row of the
+            batch.
+        memory_mask: optional bool [B, M], False for memory that a row does not see.
         kept: filled by the first call with it, and used by the second.
 
     Returns:
@@ -67,7 +70,7 @@ def lsh_attention_torch(
     settings = Settings(min(window, qk_BHTD.shape[2]), key_norm, dropout_p, seed, allow_duplicates)
     memory_keys, memory_values = (None, None) if memory is None else memory
     places = (None, None, None) if order is None else (order.order, order.inverse, order.start)
-    return _LSHAttention.apply(qk_BHTD, v_BHTD, memory_keys, memory_values, *places, alone, settings, kept)
+    return _LSHAttention.apply(qk_BHTD, v_BHTD, memory_keys, memory_values, *places, alone, memory_mask, settings, kept)
 
 
 class _LSHAttention(torch.autograd.Function):
@@ -82,10 +85,11 @@ class _LSHAttention(torch.autograd.Function):
         inverse: Tensor | None,
         start: Tensor | None,
         alone: Tensor | None,
+        memory_mask: Tensor | None,
         settings: Settings,
         kept: KeptAttention | None,
     ) -> Tensor:
-        ctx.settings = settings
+        ctx.settings, ctx.memory_mask = settings, memory_mask
         if kept is not None and kept.out is not None:
             ctx.save_for_backward(
                 qk, v, memory_keys, memory_values, kept.out, kept.logsumexp, kept.order, kept.start, alone
@@ -101,7 +105,7 @@ class _LSHAttention(torch.autograd.Function):
         order, start = order.int(), start.int()
         flat_out = out.view(rows, tokens, -1)
         with torch.autocast(device_type=qk.device.type, enabled=False):
-            for piece in _pieces(qk, v, memory_keys, memory_values, order, start, inverse, settings):
+            for piece in _pieces(qk, v, memory_keys, memory_values, memory_mask, order, start, inverse, settings):
                 merged, total = piece.forward()
                 # Where nothing matched, the rounds gave the token's own value. Any finite logsumexp does there; 0 makes
                 # every weight of the backward pass vanish.
@@ -129,11 +133,11 @@ class _LSHAttention(torch.autograd.Function):
         grad_memory: list[Tensor] | None = None
         if memory_keys is not None and memory_values is not None:
             grad_memory = [
-                torch.empty(batch * heads, *m.shape[1:], dtype=wide, device=m.device)
+                torch.empty(batch * heads, *m.shape[-2:], dtype=wide, device=m.device)
                 for m in (memory_keys, memory_values)
             ]
         with torch.autocast(device_type=qk.device.type, enabled=False):
-            for piece in _pieces(qk, v, memory_keys, memory_values, order, start, None, settings):
+            for piece in _pieces(qk, v, memory_keys, memory_values, ctx.memory_mask, order, start, None, settings):
                 rows = piece.rows
                 grad_q, grad_keys, grad_values, of_memory = piece.backward(
                     flat_grad[rows], flat_out[rows], logsumexp[rows]
@@ -151,12 +155,13 @@ class _LSHAttention(torch.autograd.Function):
             flat_grad_v.view(-1, v.shape[-1]).index_add_(0, alone, of_own)
         grad_memory_keys = grad_memory_values = None
         if grad_memory is not None:
-            # Every row of the batch sees the same memory.
+            rows_of_memory = [g.unflatten(0, (batch, heads)) for g in grad_memory]
+            # Without a dimension for it every row of the batch sees the same memory.
             grad_memory_keys, grad_memory_values = (
-                g.unflatten(0, (batch, heads)).sum(0).to(m.dtype)
-                for g, m in zip(grad_memory, (memory_keys, memory_values), strict=True)
+                (g if m.dim() == 4 else g.sum(0)).to(m.dtype)
+                for g, m in zip(rows_of_memory, (memory_keys, memory_values), strict=True)
             )
-        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None, None, None
+        return grad_qk, grad_v, grad_memory_keys, grad_memory_values, None, None, None, None, None, None, None
 
 
 def _pieces(
@@ -164,6 +169,7 @@ def _pieces(
     v: Tensor,
     memory_keys: Tensor | None,
     memory_values: Tensor | None,
+    memory_mask: Tensor | None,
     order: Tensor,
     start: Tensor,
     inverse: Tensor | None,
@@ -178,8 +184,11 @@ def _pieces(
         rows = slice(begin, min(begin + step, batch * heads))
         memory = None
         if memory_keys is not None and memory_values is not None:
-            head = torch.arange(rows.start, rows.stop, device=qk.device) % heads
-            memory = (memory_keys[head], memory_values[head])
+            row = torch.arange(rows.start, rows.stop, device=qk.device)
+            keys, values = (
+                m.flatten(0, 1)[rows] if m.dim() == 4 else m[row % heads] for m in (memory_keys, memory_values)
+            )
+            memory = Memory(keys, values, None if memory_mask is None else memory_mask[row // heads])
         yield Slice(
             rows,
             index,

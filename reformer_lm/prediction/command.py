@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
 from reformer_lm.errors import InputError
 from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
+from reformer_lm.heads.masked_lm import ReformerLMForMaskedLM
 from reformer_lm.prediction import reports
 from reformer_lm.prediction.arguments import parse_arguments
+from reformer_lm.prediction.filling import FillingJob, require_filling
 from reformer_lm.prediction.inputs import FileOptions, decode_line, given_texts, require_unicode
 from reformer_lm.prediction.saved_model import choose_device, load_model
 from reformer_lm.prediction.scoring_job import ScoringJob, join_processes
@@ -63,11 +65,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.ppl:
         leave = join_processes(arguments.file)
         try:
-            _score(arguments, ScoringJob(arguments, *load_model(arguments.model_dir, device)))
+            model, tokenizer = load_model(arguments.model_dir, device)
+            if isinstance(model, ReformerLMForMaskedLM):
+                require_filling(arguments)
+            _score(arguments, ScoringJob(arguments, model, tokenizer))
         finally:
             leave()
         return
-    job = _Generation(arguments, *load_model(arguments.model_dir, device))
+    model, tokenizer = load_model(arguments.model_dir, device)
+    fills_in = isinstance(model, ReformerLMForMaskedLM)
+    job = FillingJob(arguments, model, tokenizer) if fills_in else _Generation(arguments, model, tokenizer)
     if arguments.interactive:
         _converse(job.turn, quiet=arguments.quiet)
     else:

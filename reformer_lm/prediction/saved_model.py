@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
+from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.prediction.arguments import TRAINING_COMMAND
 from reformer_lm.text import load_tokenizer
@@ -66,11 +67,14 @@ def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, 
     Raises:
         InputError: If there is no model, or the folder is incomplete, damaged or inconsistent.
     """
-    _check_configuration(directory)
+    configuration = _check_configuration(directory)
+    # Ours alone say so; what other bidirectional models there are is not for predict.py.
+    fills_in = configuration["model_type"] == ReformerLMConfig.model_type and configuration.get("causal") is False
+    kind = AutoModelForMaskedLM if fills_in else AutoModelForCausalLM
     tokenizer = _load_tokenizer(directory)
     with _quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = kind.from_pretrained(
                 directory,
                 dtype="auto",
                 local_files_only=True,
@@ -95,8 +99,8 @@ def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, 
     return model.to(device).eval(), tokenizer
 
 
-def _check_configuration(directory: Path) -> None:
-    """Find out without transformers, whose messages speak of the hub, whether there is a model at all."""
+def _check_configuration(directory: Path) -> dict[str, object]:
+    """Find out without transformers, whose messages speak of the hub, whether there is a model at all, and which."""
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: this is a file; --model_dir is the folder that training wrote")
     path = directory / "config.json"
@@ -122,6 +126,7 @@ def _check_configuration(directory: Path) -> None:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     if not isinstance(configuration, dict) or not isinstance(configuration.get("model_type"), str):
         raise InputError(f'{path}: this is no model\'s configuration (no "model_type"); restore the file')
+    return configuration
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

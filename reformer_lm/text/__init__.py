@@ -7,8 +7,10 @@ from reformer_lm.text.encoder import ArticleEncoder, EncodedArticles, bare_ids
 from reformer_lm.text.tokenizer import (
     encode_article,
     encode_articles,
+    encode_with_masks,
     load_tokenizer,
     locate_tokens,
+    mask_token_of,
     normalize_text,
     tokenizer_fingerprint,
 )
@@ -22,8 +24,10 @@ __all__ = [
     "bare_ids",
     "encode_article",
     "encode_articles",
+    "encode_with_masks",
     "load_tokenizer",
     "locate_tokens",
+    "mask_token_of",
     "normalize_text",
     "tokenizer_fingerprint",
 ]

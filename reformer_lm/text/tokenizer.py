@@ -153,6 +153,28 @@ def _places_of_characters(text: str) -> list[int]:
     return places
 
 
+def mask_token_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of [MASK], which stands for hidden tokens; in GPT2-Chinese's conventions articles begin with it, too.
+
+    Raises:
+        InputError: the vocabulary has no such token.
+    """
+    ids = tokenizer.get_vocab()
+    if BEGIN not in ids:
+        raise InputError(f"the vocabulary has no {BEGIN}, which is to stand for hidden tokens; give one that has")
+    return int(ids[BEGIN])
+
+
+def encode_with_masks(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Encodes a whole article in which [MASK] stands for hidden tokens; `encode_article` reads it as letters."""
+    mask = mask_token_of(tokenizer)
+    pieces = encode_articles(tokenizer, text.split(BEGIN))
+    ids = [pieces[0][0]]
+    for number, piece in enumerate(pieces):
+        ids += [*([mask] if number else []), *piece[1:-1]]
+    return [*ids, pieces[0][-1]]
+
+
 def normalize_text(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """The text as the tokenizer sees it: what `decode(encode(text))` gives if no character is unknown.
 

@@ -26,6 +26,8 @@ from reformer_lm.training.trackers import TENSORBOARD, complaint_about
 DEFAULT_MODEL_CONFIG = "configs/tiny.json"
 DEFAULT_VALIDATION = "data/val.json"
 
+TASKS = ("clm", "mlm")
+
 # Options that say how to start, not what to train: they make no sense in a configuration file.
 COMMAND_LINE_ONLY = ("model_config", "resume", "restore", "estimate", "print_config")
 
@@ -77,6 +79,12 @@ def _option(default: Any, kind: type, text: str, *checks: Check) -> Any:
 class TrainingArguments:
     """All options of a training run; the help texts below say what each means. None is "not given"."""
 
+    task: str = _option(
+        "clm", str, "clm: predict the next token; mlm: fill in masked ones, with a bidirectional model", _one_of(TASKS)
+    )
+    mlm_probability: float = _option(
+        0.15, float, "mlm: share of the tokens that are to be filled in", _above_zero, _fraction
+    )
     raw: bool = _option(False, bool, "tokenise raw_data_path first; without it, earlier token shards are used")
     raw_data_path: tuple[str, ...] = _option(
         ("data/train.json",),

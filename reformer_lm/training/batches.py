@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from reformer_lm.corpus import window_order
+from reformer_lm.training.masking import IGNORED, Masking
 
-# Labels that do not count, as everywhere in torch and transformers.
-IGNORED = -100
-# Keeps the noise's random numbers apart from those of the window order, which come of the same seed.
+# Keeps the random numbers of noise and masks apart from those of the window order, which come of the same seed.
 _NOISE_STREAM = 1
+_MASK_STREAM = 2
 
 
 class Windows(Protocol):
@@ -61,6 +61,7 @@ class BatchMaker:
         seed: Of the noise.
         special_tokens: Ids that the noise neither replaces nor puts in.
         vocab_size: Number of tokens.
+        masking: Hides what a masked language model is to fill in; None for one that predicts the next token.
     """
 
     windows: Windows
@@ -70,6 +71,7 @@ class BatchMaker:
     seed: int = 0
     special_tokens: tuple[int, ...] = ()
     vocab_size: int = 0
+    masking: Masking | None = None
 
     def make(self, indices: np.ndarray, epoch: int) -> tuple[dict[str, Tensor], int]:
         """Inputs of a batch, and how many tokens it predicts.
@@ -77,8 +79,8 @@ class BatchMaker:
         Args:
             indices: Of windows; none at all gives a batch that has no effect, for a process that has nothing to do in a
                 step but must take part in it.
-            epoch: Number of the epoch, from 0; the noise is a function of seed, epoch and window alone, so that it is
-                the same after a resume and with any number of processes.
+            epoch: Number of the epoch, from 0; noise and masks are functions of seed, epoch and window alone, so that
+                they are the same after a resume and with any number of processes.
         """
         filler = len(indices) == 0
         tokens = self.windows.batch(indices if not filler else np.zeros(1, dtype=np.int64))
@@ -92,9 +94,16 @@ class BatchMaker:
             inputs["document_ids"] = article_numbers(tokens, self.begin_token)
         if filler:
             labels = torch.full_like(tokens, IGNORED)
-        elif self.noise:
+        elif self.masking is not None:
+            rows = [
+                self.masking.hide(row, [self.seed, epoch, int(index), _MASK_STREAM])
+                for row, index in zip(tokens, indices, strict=True)
+            ]
+            tokens, labels = (torch.stack(list(part)) for part in zip(*rows, strict=True))
+        if self.noise and not filler:
             tokens = torch.stack([self._noisy(row, index, epoch) for row, index in zip(tokens, indices, strict=True)])
-        return {"input_ids": tokens, "labels": labels, **inputs}, count_labels(labels)
+        count = count_labels(labels) if self.masking is None else int((labels != IGNORED).sum())
+        return {"input_ids": tokens, "labels": labels, **inputs}, count
 
     def _noisy(self, row: Tensor, index: int, epoch: int) -> Tensor:
         random = np.random.default_rng([self.seed, epoch, int(index), _NOISE_STREAM])

@@ -32,6 +32,7 @@ from reformer_lm.training.reporting import Reporter
 from reformer_lm.training.run_folder import RunFolder, describe_start, resolved_settings, settings_text
 from reformer_lm.training.starts import Start, choose_start, note_changes
 from reformer_lm.training.state import DataIdentity, Progress, seed_everything
+from reformer_lm.training.tasks import TASKS
 
 # What accelerate's names for it mean.
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
@@ -65,7 +66,8 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     device = choose_device(arguments.device)
     start = choose_start(arguments)
     tokenizer = start.tokenizer
-    source = choose_model(request.config_file, "model_config" in request.given, start.folder, tokenizer)
+    task = TASKS[arguments.task]
+    source = choose_model(request.config_file, "model_config" in request.given, start.folder, tokenizer, task)
     length = _window_length(arguments, source)
     if arguments.separate_articles and not isinstance(source.config, ReformerLMConfig):
         raise InputError(
@@ -85,7 +87,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
             print(settings_text(resolved_settings(request, source.config)), end="")
         return EXIT_OK
     if arguments.estimate:
-        _print_estimate(arguments, source.config, length, accelerator.device)
+        _print_estimate(arguments, source, length, accelerator.device)
         return EXIT_OK
     for path, flag in ((arguments.output_dir, "--output_dir"), (arguments.writer_dir, "--writer_dir")):
         require_writable_folder(path, flag)
@@ -102,7 +104,13 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
         if arguments.pad_articles:
             windows = ArticleWindows(stream, length, stride, tokenizer.pad_token_id)
         identity = DataIdentity(
-            len(stream), index.identity, windows.length, windows.stride, arguments.seed, arguments.pad_articles
+            len(stream),
+            index.identity,
+            windows.length,
+            windows.stride,
+            arguments.seed,
+            arguments.pad_articles,
+            arguments.task,
         )
         state = start.state()
         # From here on Ctrl-C means: finish the step, save, then stop.
@@ -143,6 +151,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     noise=arguments.noise,
                     ema=arguments.ema,
                     early_stopping=arguments.early_stopping,
+                    mlm_probability=arguments.mlm_probability if arguments.task == "mlm" else 0.0,
                 ),
                 identity=identity,
                 reporter=reporter,
@@ -172,11 +181,12 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
             return _finish(request, given, loop, reporter, stop)
 
 
-def _print_estimate(arguments: TrainingArguments, config: PretrainedConfig, length: int, device: torch.device) -> None:
+def _print_estimate(arguments: TrainingArguments, source: ModelSource, length: int, device: torch.device) -> None:
+    config = source.config
     precision = torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 else None
     with explained_out_of_memory(config, arguments.batch_size, length, precision is not None):
         estimate = estimate_memory(
-            config, arguments.batch_size, length, device, precision, arguments.optimizer, arguments.ema > 0
+            config, arguments.batch_size, length, device, precision, arguments.optimizer, arguments.ema > 0, source.task
         )
     print(f"a training step with windows of {length:,} tokens, {arguments.batch_size} to a batch, on {device}:")
     print("\n".join(estimate.lines()))
@@ -320,8 +330,9 @@ def _finish(
         reporter.result(
             f"validation PPL {perplexity(progress.first_loss):,.1f} at first, {perplexity(progress.last_loss):,.1f} now"
         )
+    text = "春[MASK]" if request.arguments.task == "mlm" else "春天"
     reporter.result(
-        f"model saved in {output_dir}{best}; try: python predict.py --model_dir {shlex.quote(output_dir)} --text 春天"
+        f"model saved in {output_dir}{best}; try: python predict.py --model_dir {shlex.quote(output_dir)} --text {text}"
     )
     return EXIT_OK
 

@@ -12,12 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
-from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 from reformer_lm.training.batches import article_numbers
+from reformer_lm.training.masking import IGNORED, Masking
 from reformer_lm.training.occupancy import BucketSizes, record_bucket_sizes
 from reformer_lm.training.parallel import Processes
 
 SAMPLE_TOKENS = 48
+# The masks of a validation are the same in every run: of what they hide, losses can be compared.
+_MASK_KEY = 20181011
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,23 @@ def validate(
     should_stop: Callable[[], bool] = lambda: False,
     begin_token: int | None = None,
     processes: Processes | None = None,
+    masking: Masking | None = None,
 ) -> Validation | None:
     """Mean loss of a model over a stream, each token but the first scored exactly once.
+
+    Of a masked language model those tokens are scored that a mask hides, which is the same each time.
 
     Of several processes each scores its share of the windows; all of them get the same result.
 
     Args:
-        model: A causal language model; it is left in the mode it was in.
+        model: A language model; it is left in the mode it was in.
         windows: The stream's windows.
         batch_size: Windows at a time.
         device: Where the model is.
         should_stop: Asked before each batch; if it says yes, validation is given up.
         begin_token: The token articles begin with, if those in one window must not see each other.
         processes: Those that share the work; None for this one alone.
+        masking: Hides what a masked language model is to fill in; None for one that predicts the next token.
 
     Returns:
         The result, None if it was given up.
@@ -74,10 +81,10 @@ def validate(
     model.eval()
     count, rank = (processes.count, processes.rank) if processes else (1, 0)
     groups = _groups(windows, batch_size)
-    total = 0.0
+    total, hidden = 0.0, 0
     buckets: Mapping[int, BucketSizes] = {}
     # Ours need not form logits to know the loss.
-    options = {"skip_logits": True} if isinstance(model, ReformerLMForCausalLM) else {}
+    options = {"skip_logits": True} if isinstance(model, ReformerLMVocabularyHead) else {}
     try:
         # FSDP2 gathers parameters while the model runs, which inference mode would forbid.
         with torch.inference_mode() if count == 1 else torch.no_grad():
@@ -87,20 +94,39 @@ def validate(
                 if processes.any(stop) if processes else stop:
                     return None
                 number = first + rank
-                batch = torch.stack([windows[index] for index in groups[min(number, len(groups) - 1)]]).to(device)
+                group = groups[min(number, len(groups) - 1)]
+                batch = torch.stack([windows[index] for index in group])
                 articles = {} if begin_token is None else {"document_ids": article_numbers(batch, begin_token)}
+                batch, labels = (batch, batch) if masking is None else _hidden(batch, group, masking)
+                if number < len(groups):
+                    hidden += int((labels != IGNORED).sum())
                 with record_bucket_sizes(model) if first == 0 else nullcontext(buckets) as buckets:
                     # Divided by 1: the sum, which is added up in double precision.
+                    inputs = {"input_ids": batch, "labels": labels, **articles}
                     output = model(
-                        input_ids=batch, labels=batch, num_items_in_batch=1, use_cache=False, **options, **articles
+                        **{name: x.to(device) for name, x in inputs.items()},
+                        num_items_in_batch=1,
+                        use_cache=False,
+                        **options,
                     )
                 if number < len(groups):
                     total += float(output.loss)
     finally:
         model.train(was_training)
     if processes:
-        total = processes.sum([total])[0]
-    return Validation(total / windows.scored_tokens, windows.scored_tokens, buckets)
+        total, of_all = processes.sum([total, hidden])
+        hidden = int(of_all)
+    scored = windows.scored_tokens if masking is None else hidden
+    return Validation(total / max(scored, 1), scored, buckets)
+
+
+def _hidden(batch: torch.Tensor, indices: range, masking: Masking) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows with masks, and what they hide; the token that a window shares with the one before counts there."""
+    rows = [masking.hide(row, [_MASK_KEY, index]) for row, index in zip(batch, indices, strict=True)]
+    inputs, labels = (torch.stack(list(part)) for part in zip(*rows, strict=True))
+    shared = torch.tensor([index > 0 for index in indices])
+    labels[shared, 0] = IGNORED
+    return inputs, labels
 
 
 def _groups(windows: EvaluationWindows, batch_size: int) -> list[range]:

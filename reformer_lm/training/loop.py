@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from reformer_lm.corpus import EvaluationWindows
 from reformer_lm.errors import InputError
-from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
+from reformer_lm.text import mask_token_of
 from reformer_lm.training.averaging import WeightAverage
 from reformer_lm.training.batches import BatchMaker, StepWindows, TrainingPlan, Windows
 from reformer_lm.training.checkpoints import CheckpointStore, save_state
 from reformer_lm.training.evaluation import validate, write_sample
 from reformer_lm.training.interruption import StopRequest
+from reformer_lm.training.masking import Masking
 from reformer_lm.training.models import save_model
 from reformer_lm.training.optimization import LearningRateSchedule
 from reformer_lm.training.parallel import Processes, shard_optimizer_state
@@ -56,6 +58,8 @@ class LoopSettings:
         noise: Probability that a training input's token is replaced by a random one.
         ema: Decay of the weights' moving average, which is then what is validated, sampled and saved; 0 for none.
         early_stopping: Stop after so many validations without a new lowest loss; 0 for never.
+        mlm_probability: Share of the tokens that a masked language model is to fill in; 0 for one that predicts the
+            next token. The former writes no samples.
     """
 
     batch_size: int
@@ -69,6 +73,7 @@ class LoopSettings:
     noise: float = 0.0
     ema: float = 0.0
     early_stopping: int = 0
+    mlm_probability: float = 0.0
 
 
 class TrainingLoop:
@@ -131,9 +136,14 @@ class TrainingLoop:
         self.stop = stop
         self.options = options
         # Articles are told apart by the token they begin with. One that was read alone in training is to be judged so.
-        separate = settings.separate_articles or (settings.pad_articles and isinstance(model, ReformerLMForCausalLM))
+        separate = settings.separate_articles or (settings.pad_articles and isinstance(model, ReformerLMVocabularyHead))
         self.begin_token: int | None = tokenizer.bos_token_id if separate else None
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
+        special_tokens = tuple(tokenizer.all_special_ids)
+        self.masking: Masking | None = None
+        if settings.mlm_probability:
+            mask_token = mask_token_of(tokenizer)
+            self.masking = Masking(settings.mlm_probability, mask_token, special_tokens, len(tokenizer))
         self.runner = StepRunner(
             processes=self.processes,
             model=self.model,
@@ -145,8 +155,9 @@ class TrainingLoop:
                 pad_token=tokenizer.pad_token_id if settings.pad_articles else None,
                 noise=settings.noise,
                 seed=settings.seed,
-                special_tokens=tuple(tokenizer.all_special_ids),
+                special_tokens=special_tokens,
                 vocab_size=len(tokenizer),
+                masking=self.masking,
             ),
             max_grad_norm=settings.max_grad_norm,
             average=self.average,
@@ -238,7 +249,7 @@ class TrainingLoop:
         step, settings = self.progress.step, self.settings
         last = step == self.schedule.total_steps
         is_best = (last or _is_due(step, settings.eval_every)) and self._validate()
-        if _is_due(step, settings.sample_every) and not self._stopping:
+        if _is_due(step, settings.sample_every) and not self._stopping and self.masking is None:
             with self._averaged(), self.accelerator.autocast():
                 text = write_sample(self.bare_model, self.tokenizer, settings.seed + step)
             self.reporter.sample(step, text)
@@ -297,6 +308,7 @@ class TrainingLoop:
                 should_stop=lambda: self._stopping or self.stop.is_requested,
                 begin_token=self.begin_token,
                 processes=self.processes,
+                masking=self.masking,
             )
         if result is None:
             self._told_to_stop = True

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
 from reformer_lm.training.optimization import state_bytes
+from reformer_lm.training.tasks import TASKS, Task
 
 # Steps of up to this many tokens are taken in full length.
 SHORT = 16384
@@ -110,6 +111,7 @@ def estimate_memory(
     precision: torch.dtype | None = None,
     optimizer: str = "adamw",
     averaged: bool = False,
+    task: Task = TASKS["clm"],
 ) -> MemoryEstimate:
     """The memory of a training step.
 
@@ -123,21 +125,22 @@ def estimate_memory(
         precision: Of autocast; None for float32.
         optimizer: Its name.
         averaged: Whether a moving average of the weights is kept.
+        task: What the model is trained for.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = task.build(config)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = state_bytes(model, optimizer) + (weights if averaged else 0)
     # The last layer is not like the others, so one layer tells nothing of many: two and three do.
     depth = config.num_hidden_layers
     shallow = min(depth, 2)
     short = min(tokens, SHORT)
-    activations = _activations(config, shallow, batch_size, short, device, precision)
+    activations = _activations(config, shallow, batch_size, short, device, precision, task)
     per_layer = 0
     if depth > shallow:
-        per_layer = _activations(config, shallow + 1, batch_size, short, device, precision) - activations
+        per_layer = _activations(config, shallow + 1, batch_size, short, device, precision, task) - activations
     if tokens > short:
-        longer = _activations(config, shallow, batch_size, 2 * short, device, precision)
+        longer = _activations(config, shallow, batch_size, 2 * short, device, precision, task)
         activations += (longer - activations) * (tokens - short) // short
         per_layer = per_layer * tokens // short
     activations += per_layer * (depth - shallow)
@@ -151,6 +154,7 @@ def _activations(
     tokens: int,
     device: torch.device,
     precision: torch.dtype | None,
+    task: Task,
 ) -> int:
     """Peak of one step of a model with so many layers, less its weights and gradients.
 
@@ -158,7 +162,7 @@ def _activations(
     a little too much: early in the backward pass, where the peak may be, most of them do not exist yet.
     """
     random = torch.get_rng_state()
-    model = AutoModelForCausalLM.from_config(_with_layers(config, layers)).to(device).train()
+    model = task.build(_with_layers(config, layers)).to(device).train()
     torch.set_rng_state(random)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)

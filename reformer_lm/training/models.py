@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
+from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 from reformer_lm.layers import FeedForward
-from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.training.config_files import ConfigFile
 from reformer_lm.training.model_configs import build_config, model_keys, one_line
+from reformer_lm.training.tasks import TASKS, Task
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -42,10 +42,12 @@ class ModelSource:
     Attributes:
         config: Of the model.
         folder: Of the weights; None for a new model.
+        task: What it is trained for.
     """
 
     config: PretrainedConfig
     folder: Path | None
+    task: Task = TASKS["clm"]
 
 
 def choose_model(
@@ -53,6 +55,7 @@ def choose_model(
     config_is_given: bool,
     folder: Path | None,
     tokenizer: PreTrainedTokenizerFast,
+    task: Task = TASKS["clm"],
 ) -> ModelSource:
     """Decide on a run's model and make sure, before anything costs time, that its parts fit together.
 
@@ -61,14 +64,19 @@ def choose_model(
         config_is_given: Whether the user named that file; otherwise a folder's own configuration counts.
         folder: Weights to start from, None for new ones.
         tokenizer: Of the run.
+        task: What the model is trained for.
 
     Raises:
-        InputError: If there is no model in the folder, or its tensors have other shapes than the
-            configuration or the tokenizer ask for.
+        InputError: If there is no model in the folder, its tensors have other shapes than the configuration or the
+            tokenizer ask for, or the model is not one for the task.
     """
     settings, origin = (config_file.model, config_file.path) if config_file else ({}, "the built-in configuration")
+    if settings.get("model_type", ReformerLMConfig.model_type) == ReformerLMConfig.model_type:
+        settings = {**task.settings, **settings} if task.settings else settings
     if folder is None:
-        return ModelSource(build_config(settings, origin, tokenizer), None)
+        config = build_config(settings, origin, tokenizer)
+        task.require_kind(config, origin)
+        return ModelSource(config, None, task)
     saved_settings = _read_saved_settings(folder)
     saved_size = saved_settings.get("vocab_size")
     if saved_size != len(tokenizer):
@@ -78,12 +86,13 @@ def choose_model(
         )
     saved = build_config(saved_settings, str(folder / "config.json"), tokenizer)
     config = build_config(settings, origin, tokenizer) if config_is_given else saved
+    task.require_kind(config, origin if config_is_given else str(folder))
     if isinstance(saved, ReformerLMConfig) and isinstance(config, ReformerLMConfig):
         # Of others, names in files and in the model may differ; loading compares them.
-        _compare_shapes(folder, config, saved, origin)
+        _compare_shapes(folder, config, saved, origin, task)
     elif config.model_type != saved.model_type:
         raise InputError(f"{folder}: this is a {saved.model_type} model, but {origin} describes a {config.model_type}")
-    return ModelSource(config, folder)
+    return ModelSource(config, folder, task)
 
 
 def _read_saved_settings(folder: Path) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _read_saved_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _compare_shapes(folder: Path, config: ReformerLMConfig, saved: ReformerLMConfig, origin: str) -> None:
+def _compare_shapes(folder: Path, config: ReformerLMConfig, saved: ReformerLMConfig, origin: str, task: Task) -> None:
     path = folder / WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
@@ -108,7 +117,7 @@ def _compare_shapes(folder: Path, config: ReformerLMConfig, saved: ReformerLMCon
         raise InputError(f"{path}: cannot be read ({one_line(error)}); give a folder that training wrote") from None
     # The meta device knows shapes and spends no memory.
     with torch.device("meta"):
-        model = ReformerLMForCausalLM(config)
+        model = task.own_class(config)
     # The output matrix, where it is the embedding, is saved once.
     saved_once = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in saved_once}
@@ -144,11 +153,11 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTr
         InputError: If the weights cannot be read, or are not all there.
     """
     if source.folder is None:
-        model = AutoModelForCausalLM.from_config(source.config)
+        model = source.task.build(source.config)
     else:
         try:
             with _no_progress_bars():
-                model, found = AutoModelForCausalLM.from_pretrained(
+                model, found = source.task.auto_class.from_pretrained(
                     source.folder,
                     config=source.config,
                     dtype=torch.float32,
@@ -159,12 +168,13 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTr
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{source.folder}: the model cannot be loaded ({one_line(error)[:200]})") from None
         _require_all(source.folder, found)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **SAMPLING,
-    )
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **SAMPLING,
+        )
     return model
 
 
@@ -210,7 +220,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     # The compiler's backends have many ways to fail: no C++ compiler, no Triton, a driver that is too old.
     except Exception as error:
         raise InputError(f"--compile: torch cannot compile here ({one_line(error)[:200]}); leave it out") from None
-    if not isinstance(model, ReformerLMForCausalLM):
+    if not isinstance(model, ReformerLMVocabularyHead):
         model.compile()
         return
     for block in model.modules():

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from reformer_lm import AttentionRecord, ReformerLMForCausalLM, record_attention
+from reformer_lm import AttentionRecord, record_attention
+from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 
 # Tokens in a bucket, and how many buckets hold so many.
 BucketSizes = dict[int, int]
@@ -35,7 +36,7 @@ def record_bucket_sizes(model: nn.Module) -> Iterator[dict[int, BucketSizes]]:
             # Another kind of model, which has no buckets.
             records = []
         yield sizes
-    configs = [module.config for module in model.modules() if isinstance(module, ReformerLMForCausalLM)]
+    configs = [module.config for module in model.modules() if isinstance(module, ReformerLMVocabularyHead)]
     for record in records:
         if record.buckets is not None:
             sizes[record.layer_index] = bucket_sizes(record, configs[0].buckets_per_round if configs else None)

@@ -29,6 +29,7 @@ _WORTH_A_NOTE = (
     "weight_decay",
     "max_grad_norm",
     "noise",
+    "mlm_probability",
     "ema",
     "fp16",
     "bf16",

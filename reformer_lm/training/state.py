@@ -66,6 +66,7 @@ class DataIdentity:
         stride: Tokens from window to window.
         seed: Of the window order.
         pad_articles: Whether windows are articles.
+        task: What is learned from them.
     """
 
     num_tokens: int
@@ -74,6 +75,7 @@ class DataIdentity:
     stride: int
     seed: int
     pad_articles: bool = False
+    task: str = "clm"
 
     def require_same(self, saved: dict[str, Any]) -> None:
         """Refuse to resume on other data.
@@ -82,7 +84,9 @@ class DataIdentity:
             InputError: Naming the first difference.
         """
         remedy = "give the same, or start anew from the weights with --init_from"
-        for name in ("max_seq_len", "stride", "seed", "pad_articles"):
+        # Runs of earlier versions had no other task.
+        saved = {"task": "clm", **saved}
+        for name in ("task", "max_seq_len", "stride", "seed", "pad_articles"):
             if saved[name] != getattr(self, name):
                 raise InputError(f"--resume: --{name} was {saved[name]}, now {getattr(self, name)}; {remedy}")
         if saved != dataclasses.asdict(self):

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from reformer_lm.model import ReformerLMForCausalLM
+from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 from reformer_lm.training.averaging import WeightAverage
 from reformer_lm.training.batches import BatchMaker
 from reformer_lm.training.optimization import set_learning_rate
@@ -87,7 +87,7 @@ class StepRunner:
         set_learning_rate(self.optimizer, rate)
         loss = torch.zeros((), device=self.accelerator.device)
         for place, (batch, _) in enumerate(made, start=1):
-            if isinstance(self.bare_model, ReformerLMForCausalLM):
+            if isinstance(self.bare_model, ReformerLMVocabularyHead):
                 # Rotations that change with the step must be the same in all of its batches.
                 self.bare_model.reformer.hash_step = number
             batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}

@@ -60,6 +60,30 @@ def test_local_attention(tokens: int, exact_window: bool, self_bias: float) -> N
     assert_same_gradients(actual, dense(*inputs, allowed, self_bias), inputs)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 33])
+@pytest.mark.parametrize("exact_window", [True, False])
+@pytest.mark.parametrize("self_bias", [0.0, SELF_ATTENTION_BIAS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_local_attention_to_both_sides(tokens: int, exact_window: bool, self_bias: float, masked: bool) -> None:
+    inputs = random_qkv(tokens)
+    window = 8
+    i = torch.arange(tokens).unsqueeze(1)
+    j = torch.arange(tokens)
+    block = min(window, tokens)
+    allowed = (i - j).abs() < window if exact_window else (i // block - j // block).abs() <= 1
+    masks: dict[str, Tensor] = {}
+    if masked:
+        generator = torch.Generator().manual_seed(tokens)
+        masks["mask_BT"] = torch.rand(2, tokens, generator=generator) < 0.6
+        masks["documents_BT"] = torch.randint(0, 3, (2, tokens), generator=generator).sort(dim=1).values
+        same = masks["documents_BT"].unsqueeze(2) == masks["documents_BT"].unsqueeze(1)
+        allowed = (allowed & masks["mask_BT"].unsqueeze(1) & same | (i == j)).unsqueeze(1)
+    actual = local_attention(
+        *inputs, window=window, exact_window=exact_window, causal=False, self_bias=self_bias, **masks
+    )
+    assert_same_gradients(actual, dense(*inputs, allowed, self_bias), inputs)
+
+
 @pytest.mark.parametrize("tokens", [5, 8, 20])
 def test_local_attention_skips_masked_keys(tokens: int) -> None:
     inputs = random_qkv(tokens)

@@ -56,6 +56,8 @@ def outputs_and_gradients(qk: Tensor, v: Tensor, buckets: Tensor, **options: obj
     duplicates=st.booleans(),
     documents=st.integers(1, 4),
     memory=st.integers(0, 3),
+    own_memory=st.booleans(),
+    masked_memory=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_torch_backend_equals_the_reference(
@@ -73,6 +75,8 @@ def test_torch_backend_equals_the_reference(
     duplicates: bool,
     documents: int,
     memory: int,
+    own_memory: bool,
+    masked_memory: bool,
     seed: int,
 ) -> None:
     if tokens > 100:
@@ -85,7 +89,10 @@ def test_torch_backend_equals_the_reference(
         cuts = torch.randint(0, documents, (batch, tokens), generator=generator)
         options["documents_BT"] = cuts.sort(dim=1).values
     if memory:
-        sizes = (heads, memory, dim)
+        sizes = (batch, heads, memory, dim) if own_memory else (heads, memory, dim)
+        if masked_memory:
+            # Rows that see nothing of it, too.
+            options["memory_mask_BM"] = torch.rand(batch, memory, generator=generator) < 0.5
         options["memory"] = tuple(
             torch.randn(sizes, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reformer_lm.ops import chunked_lsh_attention, lsh_chunked
 from reformer_lm.ops.keys import normalize_keys
+from reformer_lm.ops.lsh_reference import chunked_lsh_attention_reference
 
 TIGHT = {"rtol": 0.0, "atol": 1e-10}
 
@@ -391,3 +392,40 @@ def test_wrong_shapes_are_named() -> None:
         chunked_lsh_attention(qk, v[:, :1], buckets, chunk_size=4)
     with pytest.raises(ValueError, match="buckets must be"):
         chunked_lsh_attention(qk, v, buckets[:, :, :, :7], chunk_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    tokens=st.integers(1, 40),
+    dim=st.sampled_from([1, 4]),
+    rounds=st.integers(1, 3),
+    chunk_size=st.sampled_from([1, 2, 5, 16, 64]),
+    buckets=st.sampled_from([2, 6]),
+    key_norm=st.sampled_from(["rms", "unit"]),
+    causal=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_oracle_of_one_query_at_a_time(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    rounds: int,
+    chunk_size: int,
+    buckets: int,
+    key_norm: str,
+    causal: bool,
+    masked: bool,
+    seed: int,
+) -> None:
+    inputs = make_inputs(batch, heads, tokens, dim, rounds, buckets, seed)
+    options: dict[str, Any] = {"chunk_size": chunk_size, "key_norm": key_norm, "causal": causal}
+    if masked:
+        options["mask_BT"] = random_bools(batch, tokens, seed=seed)
+    expected = outputs_and_gradients(chunked_lsh_attention_reference, *inputs, **options)
+    actual = outputs_and_gradients(chunked_lsh_attention, *inputs, **options)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)

@@ -22,8 +22,8 @@ class Case:
 
     def __init__(
         self, batch: int = 1, heads: int = 2, tokens: int = 40, dim: int = 4, rounds: int = 2, buckets: int = 4,
-        window: int = 5, shifted: int = 1, duplicates: bool = True, memory: int = 0, key_norm: str = "rms",
-        seed: int = 0,
+        window: int = 5, shifted: int = 1, duplicates: bool = True, memory: int = 0, own_memory: bool = False,
+        masked_memory: bool = False, key_norm: str = "rms", seed: int = 0,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
@@ -32,7 +32,9 @@ class Case:
 
         self.qk, self.v = draw(batch, heads, tokens, dim), draw(batch, heads, tokens, dim + 1)
         self.buckets = hash_vectors(self.qk, sample_rotations(heads, dim, rounds, (buckets,), seed))
-        self.memory = (draw(heads, memory, dim), draw(heads, memory, dim + 1)) if memory else None
+        rows = (batch,) if own_memory else ()
+        self.memory = (draw(*rows, heads, memory, dim), draw(*rows, heads, memory, dim + 1)) if memory else None
+        self.mask = torch.rand(batch, memory, generator=generator) < 0.5 if memory and masked_memory else None
         self.window, self.num_buckets, self.shifted = window, buckets, min(shifted, heads)
         self.duplicates, self.key_norm = duplicates, key_norm
         self.expected = self.of_rows(slice(None), tokens)
@@ -40,10 +42,12 @@ class Case:
     def of_rows(self, rows: slice, tokens: int) -> Tensor:
         memory = None
         if self.memory is not None:
-            memory = (normalize_keys(self.memory[0], self.key_norm), self.memory[1])
+            own = rows if self.memory[0].dim() == 4 else slice(None)
+            memory = (normalize_keys(self.memory[0][own], self.key_norm), self.memory[1][own])
         return lsh_attention_reference(
             self.qk[rows, :, :tokens], self.v[rows, :, :tokens], self.buckets[rows, ..., :tokens], window=self.window,
             key_norm=self.key_norm, num_shifted_heads=self.shifted, allow_duplicates=self.duplicates, memory=memory,
+            memory_mask=None if self.mask is None else self.mask[rows],
         )  # fmt: skip
 
     def rings(self) -> LSHRings:
@@ -54,7 +58,10 @@ class Case:
 
     def attend(self, rings: LSHRings, begin: int, end: int) -> Tensor:
         piece = slice(begin, end)
-        return rings.attend(self.qk[:, :, piece], self.v[:, :, piece], self.buckets[..., piece], memory=self.memory)
+        return rings.attend(
+            self.qk[:, :, piece], self.v[:, :, piece], self.buckets[..., piece], memory=self.memory,
+            memory_mask_BM=self.mask,
+        )  # fmt: skip
 
     def fill(self, rings: LSHRings, end: int) -> None:
         rings.fill(self.qk[:, :, :end], self.v[:, :, :end], self.buckets[..., :end])
@@ -72,6 +79,8 @@ class Case:
     shifted=st.integers(0, 3),
     duplicates=st.booleans(),
     memory=st.integers(0, 2),
+    own_memory=st.booleans(),
+    masked_memory=st.booleans(),
     key_norm=st.sampled_from(["rms", "unit"]),
     cuts=st.lists(st.integers(0, 150), max_size=6),
     filled=st.booleans(),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from reformer_lm import ReformerLMForCausalLM
+from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM, ReformerLMForMaskedLM
 from reformer_lm.convert.reformer_pytorch_names import our_name
 from reformer_lm.convert.reformer_pytorch_options import config_of_options
 
@@ -39,6 +39,17 @@ _PARTS = {
     "LSHSelfAttention": ("reformer.layers.blocks.0.f.net.fn.", "reformer.stack.layers.0.attention."),
     "FeedForward": ("reformer.layers.blocks.0.g.net.fn.fn.", "reformer.stack.layers.0.feed_forward."),
 }
+
+
+def translate_options(options: dict[str, Any]) -> ReformerLMConfig:
+    """Our configuration of the model that ReformerLM(**options) is.
+
+    Besides those of ReformerLM, ``options`` may hold the ones of _SET_BY_HAND.
+    """
+    config = config_of_options(options | {"causal": True})
+    if options["causal"]:
+        return config
+    return ReformerLMConfig(**config.to_dict() | {"causal": False, "sort_padding": True})
 
 
 def parameter_pairs(peer: nn.Module, ours: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -128,13 +139,13 @@ def set_rotations(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tenso
 
 
 @pytest.fixture
-def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForCausalLM]]:
+def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForCausalLM | ReformerLMForMaskedLM]]:
     """A ReformerLM and our model with the same weights, both in float64 and in training mode.
 
     Called with options of ReformerLM or of _SET_BY_HAND, which change PEER_DEFAULTS.
     """
 
-    def make(**options: Any) -> tuple[nn.Module, ReformerLMForCausalLM]:
+    def make(**options: Any) -> tuple[nn.Module, ReformerLMForCausalLM | ReformerLMForMaskedLM]:
         options = PEER_DEFAULTS | options
         torch.manual_seed(0)
         arguments = {name: value for name, value in options.items() if name not in _SET_BY_HAND}
@@ -152,11 +163,23 @@ def make_pair(peer: ModuleType) -> Callable[..., tuple[nn.Module, ReformerLMForC
                 # They round the frequencies to float32, which would hide errors below 1e-6.
                 exponent = torch.arange(0, 2 * len(module.inv_freq), 2, dtype=torch.float64)
                 module.inv_freq = 10_000.0 ** -(exponent / (2 * len(module.inv_freq)))
-        ours = ReformerLMForCausalLM(config_of_options(options)).double().train()
+        model = ReformerLMForCausalLM if options["causal"] else ReformerLMForMaskedLM
+        ours = model(translate_options(options)).double().train()
         copy_weights(theirs, ours)
         return theirs, ours
 
     return make
+
+
+@pytest.fixture
+def peer_tools() -> SimpleNamespace:
+    """What the fixtures here are made of, for models of several parts."""
+    return SimpleNamespace(
+        defaults=PEER_DEFAULTS,
+        translate_options=translate_options,
+        parameter_pairs=parameter_pairs,
+        copy_weights=copy_weights,
+    )
 
 
 @pytest.fixture

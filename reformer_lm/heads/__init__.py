@@ -1,0 +1,1 @@
+"""What stands on top of `reformer_lm.backbone`: output layers and their losses."""
