@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from reformer_lm.convert.accounting import Foreign, common_dtype, fill, make_model
 from reformer_lm.convert.reformer_pytorch_names import in_first_layer, of_irreversible_twin, our_name, their_name
-from reformer_lm.convert.reformer_pytorch_options import complete_options, config_of_options, options_of_config
+from reformer_lm.convert.reformer_pytorch_options import (
+    check_values,
+    complete_options,
+    config_of_options,
+    options_of_config,
+)
 from reformer_lm.convert.reformer_pytorch_reading import (
     bare_names,
     find_reformer_lm,
@@ -62,6 +67,7 @@ def from_reformer_pytorch(
         options = options_of_module(module)
         state: Mapping[str, Tensor] = module.state_dict()
     else:
+        check_values(options or {})
         state, other = bare_names(module_or_state_dict)
         if other:
             raise InputError(f"these tensors are not of a ReformerLM: {', '.join(other)}; give its state dict alone")

@@ -67,6 +67,11 @@ _ACTIVATIONS = {
     ("ReLU", True): "reglu",
     ("SiLU", True): "swiglu",
 }
+_AT_LEAST_ONE = (
+    "num_tokens", "dim", "depth", "max_seq_len", "heads", "dim_head", "bucket_size", "n_hashes", "ff_chunks",
+    "attn_chunks", "ff_mult", "emb_dim", "pkm_num_keys",
+)  # fmt: skip
+_AT_LEAST_ZERO = ("full_attn_thres", "reverse_thres", "num_mem_kv", "n_local_attn_heads")
 # Longer than any sequence: use_full_attn as a threshold.
 _ALWAYS_FULL = 1 << 30
 # What their models have, whatever the options: fields of ours with their only value.
@@ -91,12 +96,7 @@ def complete_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an unknown option, one without default left out, or one that no model here can follow.
     """
-    for name in options:
-        if name not in DEFAULTS:
-            raise InputError(
-                f"{name!r} is no option of ReformerLM; did you mean {nearest_name(name, DEFAULTS)!r}? Leave out what "
-                "is not one"
-            )
+    check_values(options)
     full = DEFAULTS | dict(options)
     for name in ("num_tokens", "dim", "depth", "max_seq_len"):
         if full[name] is None:
@@ -108,6 +108,42 @@ def complete_options(options: Mapping[str, Any]) -> dict[str, Any]:
     full["pkm_layers"] = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
     _refuse(full)
     return full
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Makes sure that options, whether complete or not, are ReformerLM's and of the right kind.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, value in options.items():
+        if name not in DEFAULTS:
+            raise InputError(
+                f"{name!r} is no option of ReformerLM; did you mean {nearest_name(name, DEFAULTS)!r}? Leave out what "
+                "is not one"
+            )
+        wanted = None
+        if name in _AT_LEAST_ONE and value is not None:
+            wanted = "a whole number of at least 1" if not _is_whole(value, 1) else None
+        elif name in _AT_LEAST_ZERO:
+            wanted = "a whole number of at least 0" if not _is_whole(value, 0) else None
+        elif isinstance(DEFAULTS[name], bool):
+            wanted = "true or false" if not isinstance(value, bool) else None
+        elif name == "axial_position_shape" and value is not None:
+            wanted = "a list of two whole numbers" if not _are_whole(value, 2) else None
+        elif name == "pkm_layers" and not _is_whole(value, 1):
+            wanted = "a list of layers, counted from 1" if not _are_whole(value) else None
+        if wanted:
+            raise InputError(f"the option {name} is {value!r}; it must be {wanted}")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are_whole(values: Any, count: int | None = None) -> bool:
+    is_list = isinstance(values, list | tuple) and count in (None, len(values))
+    return is_list and all(_is_whole(value, 1) for value in values)
 
 
 def _refuse(options: Mapping[str, Any]) -> None:

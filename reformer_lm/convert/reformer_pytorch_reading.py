@@ -59,9 +59,11 @@ def with_what_shapes_say(
             )
     full = dict(options) | told
     rows = state["reformer.layers.blocks.0.f.net.fn.toqk.weight"].shape[0]
-    if full.get("heads") is None:
-        full["heads"] = rows // full["dim_head"] if full.get("dim_head") else 8
-        note(f"the options lack heads; taken to be {full['heads']}, which the weights neither confirm nor deny")
+    if full.get("heads") is None and full.get("dim_head"):
+        full["heads"] = rows // full["dim_head"]
+    elif full.get("heads") is None:
+        full["heads"] = 8
+        note("the options lack heads; taken to be 8, ReformerLM's default, which the weights neither confirm nor deny")
     if full.get("dim_head") is None:
         full["dim_head"] = rows // full["heads"]
     if full["heads"] * full["dim_head"] != rows:

@@ -18,6 +18,7 @@ from reformer_lm.model import ReformerLMForCausalLM
 
 TOLERANCE = 1e-3
 _MOST_TOKENS = 4096
+_MOST_TOKENS_OF_FULL_ATTENTION = 1024
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def compare_with_reformer_pytorch(
         raise InputError(
             f"the installed reformer-pytorch does not take these weights ({names}): another version wrote them"
         )
-    lengths = _lengths_for_reformer_pytorch(full)
+    lengths = lengths_for_reformer_pytorch(full)
     return _compare(model, peer.double().eval(), lambda x: peer(x), lambda drawn: (drawn,), lengths, seed)
 
 
@@ -192,8 +193,15 @@ def _compare(
     return Agreement(difference, largest, lengths)
 
 
-def _lengths_for_reformer_pytorch(options: Mapping[str, Any]) -> tuple[int, ...]:
-    """A short sequence and a long one that it can read, and one under full attention where there is that."""
+def lengths_for_reformer_pytorch(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Short sequences and a long one that a ReformerLM can read, hashed and, where there is that, under full attention.
+
+    Args:
+        options: complete ones, of `complete_options`.
+
+    Returns:
+        Numbers of tokens, rising; none if it can read nothing at all.
+    """
     step, longest, memory = 2 * options["bucket_size"], options["max_seq_len"], options["num_mem_kv"]
     local = options["n_local_attn_heads"] > 0
     if local and memory % step:
@@ -205,9 +213,10 @@ def _lengths_for_reformer_pytorch(options: Mapping[str, Any]) -> tuple[int, ...]
         chunked = tokens + memory > threshold
         return 0 < tokens <= longest and not (local and tokens % step) and not (chunked and (tokens + memory) % step)
 
-    top = min(longest, max(_MOST_TOKENS, 2 * min(threshold, longest)))
-    candidates = [tokens for tokens in range(1, top + 1) if readable(tokens)]
-    hashed = [tokens for tokens in candidates if tokens + memory > threshold]
-    full = [tokens for tokens in candidates if tokens + memory <= threshold]
-    chosen = {*hashed[1:2], *hashed[:1], *hashed[-1:], *full[-1:]} if hashed else {*full[:1], *full[-1:]}
-    return tuple(sorted(chosen))
+    hashed_from = max(1, threshold - memory + 1)
+    hashed = [tokens for tokens in range(hashed_from, min(longest, hashed_from + 4 * step) + 1) if readable(tokens)][:2]
+    hashed += [tokens for tokens in range(min(longest, _MOST_TOKENS), hashed_from, -1) if readable(tokens)][:1]
+    # Its cost grows with the square of the length.
+    most_full = min(threshold - memory, longest, _MOST_TOKENS_OF_FULL_ATTENTION)
+    full = [tokens for tokens in range(1, most_full + 1) if readable(tokens)]
+    return tuple(sorted({*hashed, *full[:1], *full[-1:]}))

@@ -15,9 +15,9 @@ from torch import nn
 import reformer_lm.convert
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
 from reformer_lm.convert import from_reformer_pytorch, to_reformer_pytorch
-from reformer_lm.convert.reformer_pytorch_options import config_of_options
+from reformer_lm.convert.reformer_pytorch_options import complete_options, config_of_options
 from reformer_lm.convert.reformer_pytorch_reading import options_of_module
-from reformer_lm.convert.verification import compare_with_reformer_pytorch
+from reformer_lm.convert.verification import compare_with_reformer_pytorch, lengths_for_reformer_pytorch
 from reformer_lm.errors import InputError
 
 OPTIONS: dict[str, Any] = {
@@ -123,6 +123,37 @@ def test_wrappers_and_their_names(make_peer: Any, package: Any) -> None:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
 
 
+def test_heads_that_nobody_told(make_peer: Any) -> None:
+    known = {name: value for name, value in OPTIONS.items() if name not in ("heads", "dim_head")}
+    notes: list[str] = []
+    ours = from_reformer_pytorch(make_peer().state_dict(), known, on_note=notes.append)
+    # The frequencies of rotary positions tell the width of a head.
+    assert (ours.config.num_attention_heads, ours.config.head_dim, notes) == (3, 4, [])
+    state = make_peer(heads=8, absolute_position_emb=True).state_dict()
+    ours = from_reformer_pytorch(state, known, on_note=notes.append)
+    assert (ours.config.num_attention_heads, ours.config.head_dim) == (8, 4)
+    assert "the options lack heads; taken to be 8" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ({}, (128, 256, 4096)),
+        ({"full_attn_thres": 1024}, (1, 1024, 1152, 1280, 4096)),
+        ({"full_attn_thres": 1000, "max_seq_len": 1100}, (1, 1000, 1024)),
+        ({"use_full_attn": True, "max_seq_len": 65536}, (1, 1024)),
+        ({"num_mem_kv": 5}, (123, 251, 4091)),
+        ({"num_mem_kv": 128, "n_local_attn_heads": 1, "full_attn_thres": 300}, (128, 256, 384, 4096)),
+        ({"num_mem_kv": 5, "n_local_attn_heads": 1}, ()),
+        ({"max_seq_len": 100}, ()),
+    ],
+    ids=str,
+)
+def test_lengths_of_the_comparison(options: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    full = complete_options(OPTIONS | {"bucket_size": 64, "max_seq_len": 8192} | options)
+    assert lengths_for_reformer_pytorch(full) == lengths
+
+
 def test_half_precision_stays(make_peer: Any) -> None:
     state = make_peer(axial_position_emb=True).bfloat16().state_dict()
     ours = from_reformer_pytorch(state, OPTIONS)
@@ -170,7 +201,16 @@ def test_the_causal_mask_keeps_the_weights_and_does_not_see_the_future(make_peer
         ({"ff_mult": 2}, "ff_mult=2"),
         ({"axial_position_emb": True}, "axial_position_emb=True"),
         ({"weight_tie": True}, "is not equal to"),
-        ({"bucket_size": 0}, "bucket_size=0"),
+        ({"bucket_size": 0}, "bucket_size is 0; it must be a whole number of at least 1"),
+        ({"heads": "3"}, "heads is '3'; it must be a whole number"),
+        ({"heads": 0}, "heads is 0"),
+        ({"ff_chunks": 0}, "ff_chunks is 0"),
+        ({"full_attn_thres": -1}, "full_attn_thres is -1"),
+        ({"causal": 1}, "causal is 1; it must be true or false"),
+        ({"axial_position_shape": 8}, "axial_position_shape is 8; it must be a list"),
+        ({"pkm_layers": "all"}, "pkm_layers is 'all'"),
+        ({"lsh_dropout": 2}, "no model here: attention_dropout=2"),
+        ({"ff_activation": 3}, "ff_activation=3"),
     ],
     ids=str,
 )
