@@ -80,6 +80,32 @@ class ReformerEncDecConfig(PreTrainedConfig):
         start = special["bos_token_id"] if decoder_start_token_id is None else decoder_start_token_id
         super().__init__(**special, decoder_start_token_id=start, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: both parts whole, so that nobody need know what an encoder is by default."""
+        parts = {"encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
+        return {**super().to_diff_dict(), **parts}
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest source and target: the shorter of what both parts allow."""
+        longest: int = min(self.encoder.max_position_embeddings, self.decoder.max_position_embeddings)
+        return longest
+
+    @property
+    def vocab_size(self) -> int:
+        """The decoder's, as the next two."""
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual streams."""
+        return self.decoder.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder.num_hidden_layers
+
 
 def _part(given: ReformerLMConfig | dict[str, Any] | None, defaults: dict[str, Any]) -> ReformerLMConfig:
     return given if isinstance(given, ReformerLMConfig) else ReformerLMConfig(**{**defaults, **(given or {})})

@@ -32,10 +32,32 @@ ALLOWED = {
     "scoring": {"model", "text"},
     "generation": {"text", "cache"},
     # training compiles the feed-forward blocks one by one.
-    "training": {"config", "layers", "heads", "model", "text", "corpus", "generation", "pages", "command_line"},
-    "prediction": {"config", "heads", "model", "text", "corpus", "generation", "scoring", "pages", "command_line"},
+    "training": {
+        "config",
+        "layers",
+        "heads",
+        "model",
+        "encoder_decoder",
+        "text",
+        "corpus",
+        "generation",
+        "pages",
+        "command_line",
+    },
+    "prediction": {
+        "config",
+        "heads",
+        "model",
+        "encoder_decoder",
+        "text",
+        "corpus",
+        "generation",
+        "scoring",
+        "pages",
+        "command_line",
+    },
     "__init__": {"backbone", "cache", "config", "encoder_decoder", "heads", "layers", "model", "wrapper"},
-}
+}  # fmt: skip
 # transformers is for the model's shell, tokenizers and the jobs; accelerate for training only.
 ALLOWED_PACKAGES = {
     "transformers": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, ReformerEncDecConfig) and isinstance(config.decoder, ReformerLMConfig)
     assert config.encoder.to_dict() == model.config.encoder.to_dict()
+    # Both parts are written out, defaults and all.
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["encoder"]["causal"] is False and written["decoder"]["num_hashes"] == 2
     assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 2, 1)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert isinstance(loaded, ReformerLMForConditionalGeneration)

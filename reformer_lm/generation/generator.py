@@ -225,11 +225,11 @@ class TextGenerator:
         if settings.stop:
             prompts = [row.job.tokens[-STREAMED_CONTEXT:] for row in rows]
             criteria.append(StopStrings(tokenizer, settings.stop, prompts, [row.new for row in rows], longest))
-        with self._undisturbed():
+        with self.undisturbed():
             output = self.model.generate(
                 input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
-                generation_config=self._generation_config(settings, count, begins=not rows[0].new),
+                generation_config=self.generation_config(settings, count, begins=not rows[0].new),
                 logits_processor=LogitsProcessorList([SeededSampling([row.job.random for row in rows], settings)]),
                 stopping_criteria=criteria,
                 streamer=relay,
@@ -256,7 +256,7 @@ class TextGenerator:
             row.finish_reason = "length"
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> Iterator[None]:
         """Evaluation mode, and nothing of a saved generation_config.json, whose values would be filled in."""
         was_training, saved = self.model.training, self.model.generation_config
         self.model.eval()
@@ -267,7 +267,14 @@ class TextGenerator:
             self.model.train(was_training)
             self.model.generation_config = saved
 
-    def _generation_config(self, settings: GenerationSettings, count: int, begins: bool) -> GenerationConfig:
+    def generation_config(self, settings: GenerationSettings, count: int, begins: bool) -> GenerationConfig:
+        """What ``generate()`` is told.
+
+        Args:
+            settings: How to sample.
+            count: Most new tokens.
+            begins: Whether nothing has been written yet.
+        """
         tokenizer = self.tokenizer
         eos = tokenizer.eos_token_id
         never = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_SIGNAL, EXIT_WRONG_INPUT, complain
+from reformer_lm.encoder_decoder import ReformerLMForConditionalGeneration
 from reformer_lm.errors import InputError
 from reformer_lm.generation import Conversation, GenerationSettings, TextGenerator
 from reformer_lm.heads.masked_lm import ReformerLMForMaskedLM
@@ -20,6 +21,7 @@ from reformer_lm.prediction.filling import FillingJob, require_filling
 from reformer_lm.prediction.inputs import FileOptions, decode_line, given_texts, require_unicode
 from reformer_lm.prediction.saved_model import choose_device, load_model
 from reformer_lm.prediction.scoring_job import ScoringJob, join_processes
+from reformer_lm.prediction.target_job import TargetJob, require_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
@@ -68,13 +70,20 @@ def _run(arguments: argparse.Namespace) -> None:
             model, tokenizer = load_model(arguments.model_dir, device)
             if isinstance(model, ReformerLMForMaskedLM):
                 require_filling(arguments)
+            if isinstance(model, ReformerLMForConditionalGeneration):
+                require_sources(arguments)
             _score(arguments, ScoringJob(arguments, model, tokenizer))
         finally:
             leave()
         return
     model, tokenizer = load_model(arguments.model_dir, device)
-    fills_in = isinstance(model, ReformerLMForMaskedLM)
-    job = FillingJob(arguments, model, tokenizer) if fills_in else _Generation(arguments, model, tokenizer)
+    job: FillingJob | TargetJob | _Generation
+    if isinstance(model, ReformerLMForMaskedLM):
+        job = FillingJob(arguments, model, tokenizer)
+    elif isinstance(model, ReformerLMForConditionalGeneration):
+        job = TargetJob(arguments, _settings_of(arguments), _seed_of(arguments), model, tokenizer)
+    else:
+        job = _Generation(arguments, model, tokenizer)
     if arguments.interactive:
         _converse(job.turn, quiet=arguments.quiet)
     else:
@@ -92,25 +101,33 @@ def _score(arguments: argparse.Namespace, job: ScoringJob) -> None:
         job.run()
 
 
+def _settings_of(arguments: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(
+        length=arguments.length,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+        min_p=arguments.min_p,
+        typical_p=arguments.typical_p,
+        no_repeat_ngram=arguments.no_repeat_ngram,
+        stop=tuple(arguments.stop),
+        overflow=arguments.overflow,
+    )
+
+
+def _seed_of(arguments: argparse.Namespace) -> int:
+    return secrets.randbelow(2**31) if arguments.seed is None else int(arguments.seed)
+
+
 class _Generation:
     """Everything else."""
 
     def __init__(
         self, arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        self._settings = GenerationSettings(
-            length=arguments.length,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            repetition_penalty=arguments.repetition_penalty,
-            min_p=arguments.min_p,
-            typical_p=arguments.typical_p,
-            no_repeat_ngram=arguments.no_repeat_ngram,
-            stop=tuple(arguments.stop),
-            overflow=arguments.overflow,
-        )
-        self._seed: int = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+        self._settings = _settings_of(arguments)
+        self._seed = _seed_of(arguments)
         self._samples: int = arguments.nsamples
         self._batch_size = arguments.batch_size or GENERATION_BATCH_SIZE
         self._json: bool = arguments.json

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
 from reformer_lm.config import ReformerLMConfig
+from reformer_lm.encoder_decoder import ReformerEncDecConfig
 from reformer_lm.errors import InputError
 from reformer_lm.prediction.arguments import TRAINING_COMMAND
 from reformer_lm.text import load_tokenizer
@@ -71,6 +72,8 @@ def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, 
     # Ours alone say so; what other bidirectional models there are is not for predict.py.
     fills_in = configuration["model_type"] == ReformerLMConfig.model_type and configuration.get("causal") is False
     kind = AutoModelForMaskedLM if fills_in else AutoModelForCausalLM
+    if configuration["model_type"] == ReformerEncDecConfig.model_type:
+        kind = AutoModelForSeq2SeqLM
     tokenizer = _load_tokenizer(directory)
     with _quiet_transformers():
         try:

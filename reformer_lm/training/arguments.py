@@ -26,7 +26,7 @@ from reformer_lm.training.trackers import TENSORBOARD, complaint_about
 DEFAULT_MODEL_CONFIG = "configs/tiny.json"
 DEFAULT_VALIDATION = "data/val.json"
 
-TASKS = ("clm", "mlm")
+TASKS = ("clm", "mlm", "seq2seq")
 
 # Options that say how to start, not what to train: they make no sense in a configuration file.
 COMMAND_LINE_ONLY = ("model_config", "resume", "restore", "estimate", "print_config")
@@ -80,7 +80,10 @@ class TrainingArguments:
     """All options of a training run; the help texts below say what each means. None is "not given"."""
 
     task: str = _option(
-        "clm", str, "clm: predict the next token; mlm: fill in masked ones, with a bidirectional model", _one_of(TASKS)
+        "clm",
+        str,
+        "clm: predict the next token; mlm: fill in masked ones; seq2seq: write a target for a source",
+        _one_of(TASKS),
     )
     mlm_probability: float = _option(
         0.15, float, "mlm: share of the tokens that are to be filled in", _above_zero, _fraction
@@ -97,6 +100,8 @@ class TrainingArguments:
     )
     val_split: float = _option(0.0, float, "share of the training articles to validate with instead", _below_one)
     text_field: str = _option("text", str, "field of .jsonl, column of .parquet that holds the text", _not_empty)
+    source_field: str = _option("source", str, "seq2seq: field of .jsonl that holds the source", _not_empty)
+    target_field: str = _option("target", str, "seq2seq: field of .jsonl that holds the target", _not_empty)
     txt_articles: str = _option(
         "blank", str, "articles of .txt files: between blank lines, one a line, or one a file", _one_of(TXT_ARTICLES)
     )

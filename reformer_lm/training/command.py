@@ -14,12 +14,10 @@ from transformers import PretrainedConfig
 
 from reformer_lm.command_line import EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG_INPUT, complain
 from reformer_lm.config import ReformerLMConfig
-from reformer_lm.corpus import ArticleWindows, EvaluationWindows, ShardIndex, TokenWindows
 from reformer_lm.errors import InputError
 from reformer_lm.training.arguments import RunRequest, TrainingArguments, parse_arguments
-from reformer_lm.training.batches import TrainingPlan, Windows
+from reformer_lm.training.batches import TrainingPlan
 from reformer_lm.training.checkpoints import BEST_NAME, CheckpointStore, require_writable_folder
-from reformer_lm.training.corpora import prepare_training_stream, prepare_validation_stream
 from reformer_lm.training.devices import choose_device, create_accelerator, describe_device, num_processes
 from reformer_lm.training.evaluation import perplexity
 from reformer_lm.training.interruption import StopRequest
@@ -29,9 +27,10 @@ from reformer_lm.training.models import ModelSource, choose_model, compile_layer
 from reformer_lm.training.optimization import LearningRateSchedule, build_optimizer, default_warmup
 from reformer_lm.training.parallel import shard
 from reformer_lm.training.reporting import Reporter
+from reformer_lm.training.run_data import RunData, prepare_data, require_options_of_pairs
 from reformer_lm.training.run_folder import RunFolder, describe_start, resolved_settings, settings_text
 from reformer_lm.training.starts import Start, choose_start, note_changes
-from reformer_lm.training.state import DataIdentity, Progress, seed_everything
+from reformer_lm.training.state import Progress, seed_everything
 from reformer_lm.training.tasks import TASKS
 
 # What accelerate's names for it mean.
@@ -63,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(request: RunRequest, given: Sequence[str]) -> int:
     arguments = request.arguments
     # What costs nothing is checked before anything that costs time.
+    if arguments.task == "seq2seq":
+        require_options_of_pairs(request)
     device = choose_device(arguments.device)
     start = choose_start(arguments)
     tokenizer = start.tokenizer
@@ -97,21 +98,8 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
     with Reporter(arguments.log_step, arguments.quiet, is_main, arguments.report_to) as reporter, explained:
         # The main process tokenises, and the others find it done.
         with accelerator.main_process_first():
-            stream, index = prepare_training_stream(request, tokenizer, reporter)
-            held_out = prepare_validation_stream(request, tokenizer, reporter)
-        stride = arguments.stride or length
-        windows: Windows = TokenWindows(stream, length, stride)
-        if arguments.pad_articles:
-            windows = ArticleWindows(stream, length, stride, tokenizer.pad_token_id)
-        identity = DataIdentity(
-            len(stream),
-            index.identity,
-            windows.length,
-            windows.stride,
-            arguments.seed,
-            arguments.pad_articles,
-            arguments.task,
-        )
+            data = prepare_data(request, tokenizer, reporter, length)
+        windows = data.windows
         state = start.state()
         # From here on Ctrl-C means: finish the step, save, then stop.
         with StopRequest() as stop:
@@ -135,7 +123,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                 optimizer=build_optimizer(model, arguments.lr, arguments.weight_decay, arguments.optimizer),
                 tokenizer=tokenizer,
                 windows=windows,
-                validation=None if held_out is None else EvaluationWindows(held_out, length),
+                validation=data.validation,
                 plan=plan,
                 schedule=schedule,
                 store=store,
@@ -153,12 +141,12 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                     early_stopping=arguments.early_stopping,
                     mlm_probability=arguments.mlm_probability if arguments.task == "mlm" else 0.0,
                 ),
-                identity=identity,
+                identity=data.identity,
                 reporter=reporter,
                 stop=stop,
                 options=dataclasses.asdict(arguments),
             )
-            _describe_run(request, loop, reporter)
+            _describe_run(request, loop, data, reporter)
             if state is not None:
                 loop.restore(state)
                 if is_main and start.folder is not None:
@@ -174,7 +162,7 @@ def _run(request: RunRequest, given: Sequence[str]) -> int:
                 loop.progress.step,
                 schedule.total_steps,
                 arguments.writer_dir,
-                folder=_run_folder(request, given, start, source.config, loop, index),
+                folder=_run_folder(request, given, start, source.config, loop, data),
                 progress=loop.progress,
             )
             loop.run()
@@ -241,7 +229,7 @@ def _run_folder(
     start: Start,
     config: PretrainedConfig,
     loop: TrainingLoop,
-    index: ShardIndex,
+    data: RunData,
 ) -> RunFolder:
     description = describe_start(
         given,
@@ -251,14 +239,7 @@ def _run_folder(
             "parameters": sum(parameter.numel() for parameter in loop.bare_model.parameters()),
             "precision": PRECISIONS[loop.accelerator.mixed_precision],
             "processes": loop.accelerator.num_processes,
-            "data": {
-                **{source.path: f"sha256 {source.sha256}" for source in index.sources},
-                "articles": index.num_articles,
-                "tokens": index.num_tokens,
-                "windows": len(loop.windows),
-                "window_tokens": loop.windows.length,
-                "stride": loop.windows.stride,
-            },
+            "data": dict(data.facts),
         },
     )
     # A run restored from another folder has nothing behind it in this one.
@@ -267,7 +248,7 @@ def _run_folder(
     return RunFolder(Path(request.arguments.output_dir), settings, description, is_resumed=is_resumed)
 
 
-def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -> None:
+def _describe_run(request: RunRequest, loop: TrainingLoop, data: RunData, reporter: Reporter) -> None:
     arguments, windows, plan, schedule = request.arguments, loop.windows, loop.plan, loop.schedule
     parameters = sum(parameter.numel() for parameter in loop.bare_model.parameters())
     precision = PRECISIONS[loop.accelerator.mixed_precision]
@@ -279,10 +260,7 @@ def _describe_run(request: RunRequest, loop: TrainingLoop, reporter: Reporter) -
         f"hidden size {config.hidden_size}, up to {config.max_position_embeddings:,} tokens, "
         f"{config.vocab_size:,} in the vocabulary; settings from {origin}"
     )
-    reporter.line(
-        f"windows: {len(windows):,} per epoch, {'at most ' if arguments.pad_articles else ''}{windows.length:,} tokens "
-        f"each, one every {windows.stride:,} tokens"
-    )
+    reporter.line(data.description)
     shared = f" in each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
     reporter.line(
         f"steps: {schedule.total_steps:,} in all, {plan.steps_per_epoch:,} per epoch, "

@@ -28,6 +28,7 @@ from reformer_lm.training.interruption import StopRequest
 from reformer_lm.training.masking import Masking
 from reformer_lm.training.models import save_model
 from reformer_lm.training.optimization import LearningRateSchedule
+from reformer_lm.training.pairs import PairBatches, Pairs, validate_pairs
 from reformer_lm.training.parallel import Processes, shard_optimizer_state
 from reformer_lm.training.reporting import Reporter, StepReport, Stopwatch
 from reformer_lm.training.state import (
@@ -84,8 +85,8 @@ class TrainingLoop:
         model: On its device; sharded, if it is to be.
         optimizer: Of that model's parameters.
         tokenizer: Saved with the model, and used for samples.
-        windows: Of the training stream.
-        validation: Windows of the validation stream, None for no validation.
+        windows: Of the training stream; `Pairs` for an encoder-decoder.
+        validation: Windows of the validation stream or pairs, None for no validation.
         plan: Which windows each step takes.
         schedule: Learning rate of each step.
         store: Where checkpoints go.
@@ -104,7 +105,7 @@ class TrainingLoop:
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerFast,
         windows: Windows,
-        validation: EvaluationWindows | None,
+        validation: EvaluationWindows | Pairs | None,
         plan: TrainingPlan,
         schedule: LearningRateSchedule,
         store: CheckpointStore,
@@ -149,7 +150,9 @@ class TrainingLoop:
             model=self.model,
             bare_model=model,
             optimizer=self.optimizer,
-            batches=BatchMaker(
+            batches=PairBatches(windows)
+            if isinstance(windows, Pairs)
+            else BatchMaker(
                 windows=windows,
                 begin_token=tokenizer.bos_token_id if settings.separate_articles else None,
                 pad_token=tokenizer.pad_token_id if settings.pad_articles else None,
@@ -249,7 +252,8 @@ class TrainingLoop:
         step, settings = self.progress.step, self.settings
         last = step == self.schedule.total_steps
         is_best = (last or _is_due(step, settings.eval_every)) and self._validate()
-        if _is_due(step, settings.sample_every) and not self._stopping and self.masking is None:
+        writes = self.masking is None and not isinstance(self.windows, Pairs)
+        if writes and _is_due(step, settings.sample_every) and not self._stopping:
             with self._averaged(), self.accelerator.autocast():
                 text = write_sample(self.bare_model, self.tokenizer, settings.seed + step)
             self.reporter.sample(step, text)
@@ -300,16 +304,20 @@ class TrainingLoop:
             return False
         with self._averaged(), self.accelerator.autocast():
             # Not through DistributedDataParallel, which is for gradients.
-            result = validate(
-                self.bare_model,
-                self.validation,
-                self.settings.batch_size,
-                self.accelerator.device,
-                should_stop=lambda: self._stopping or self.stop.is_requested,
-                begin_token=self.begin_token,
-                processes=self.processes,
-                masking=self.masking,
-            )
+            model, size, device = self.bare_model, self.settings.batch_size, self.accelerator.device
+            if isinstance(self.validation, Pairs):
+                result = validate_pairs(model, self.validation, size, device, self._should_stop, self.processes)
+            else:
+                result = validate(
+                    model,
+                    self.validation,
+                    size,
+                    device,
+                    should_stop=self._should_stop,
+                    begin_token=self.begin_token,
+                    processes=self.processes,
+                    masking=self.masking,
+                )
         if result is None:
             self._told_to_stop = True
             return False
@@ -317,6 +325,9 @@ class TrainingLoop:
         self.reporter.validation(self.progress.step, result)
         # Before the first step there is nothing to keep.
         return is_best and self.progress.step > 0
+
+    def _should_stop(self) -> bool:
+        return self._stopping or self.stop.is_requested
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The model as it is to be judged and saved."""

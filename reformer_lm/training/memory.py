@@ -154,7 +154,7 @@ def _activations(
     tokens: int,
     device: torch.device,
     precision: torch.dtype | None,
-    task: Task,
+    task: Task = TASKS["clm"],
 ) -> int:
     """Peak of one step of a model with so many layers, less its weights and gradients.
 

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from reformer_lm.command_line import nearest_name
 from reformer_lm.config import ReformerLMConfig
+from reformer_lm.encoder_decoder import ReformerEncDecConfig
 from reformer_lm.errors import InputError
 from reformer_lm.training.arguments import FIELDS
 
@@ -70,6 +71,39 @@ def build_config(settings: Mapping[str, Any], origin: str, tokenizer: PreTrained
         return kind(**{**settings, "vocab_size": len(tokenizer), **special})
     # Other models' configurations say no in ways of their own.
     except Exception as error:
+        raise InputError(f"{origin}: {one_line(error)}") from None
+
+
+def build_encoder_decoder_config(
+    settings: Mapping[str, Any], origin: str, tokenizer: PreTrainedTokenizerFast
+) -> ReformerEncDecConfig:
+    """Make the configuration of an encoder-decoder: see `build_config`.
+
+    Args:
+        settings: Those of a language model, which is then the decoder, with a bidirectional encoder of the same
+            sizes; or a saved config.json with both parts.
+        origin: The file's name, for messages.
+        tokenizer: Of both.
+
+    Raises:
+        InputError: As `build_config`.
+    """
+    model_type = _model_type(settings)
+    if model_type == ReformerEncDecConfig.model_type:
+        parts = [settings.get("encoder"), settings.get("decoder")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise InputError(f"{origin}: a {model_type} has an encoder and a decoder part; give both")
+    elif model_type == ReformerLMConfig.model_type:
+        encoder = {key: value for key, value in settings.items() if key != "num_shifted_heads"}
+        parts = [{**encoder, "causal": False, "lsh_mask": "chunked"}, settings]
+    else:
+        raise InputError(
+            f"{origin}: --task seq2seq trains models of this package, not a {model_type}; leave model_type out"
+        )
+    built = [build_config(part, origin, tokenizer) for part in parts if part is not None]
+    try:
+        return ReformerEncDecConfig(*built)  # type: ignore[arg-type]  # of our type, as both parts are
+    except ValueError as error:
         raise InputError(f"{origin}: {one_line(error)}") from None
 
 

@@ -23,10 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from reformer_lm.config import ReformerLMConfig
 from reformer_lm.errors import InputError
-from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 from reformer_lm.layers import FeedForward
 from reformer_lm.training.config_files import ConfigFile
-from reformer_lm.training.model_configs import build_config, model_keys, one_line
+from reformer_lm.training.model_configs import build_config, build_encoder_decoder_config, model_keys, one_line
 from reformer_lm.training.tasks import TASKS, Task
 
 WEIGHTS_NAME = "model.safetensors"
@@ -70,22 +69,23 @@ def choose_model(
         InputError: If there is no model in the folder, its tensors have other shapes than the configuration or the
             tokenizer ask for, or the model is not one for the task.
     """
+    build = build_encoder_decoder_config if task.name == "seq2seq" else build_config
     settings, origin = (config_file.model, config_file.path) if config_file else ({}, "the built-in configuration")
     if settings.get("model_type", ReformerLMConfig.model_type) == ReformerLMConfig.model_type:
         settings = {**task.settings, **settings} if task.settings else settings
     if folder is None:
-        config = build_config(settings, origin, tokenizer)
+        config = build(settings, origin, tokenizer)
         task.require_kind(config, origin)
         return ModelSource(config, None, task)
     saved_settings = _read_saved_settings(folder)
-    saved_size = saved_settings.get("vocab_size")
+    saved_size = saved_settings.get("decoder", saved_settings).get("vocab_size")
     if saved_size != len(tokenizer):
         raise InputError(
             f"{folder}: this model has a vocabulary of {saved_size} tokens, but the tokenizer has "
             f"{len(tokenizer)}; leave --tokenizer_path out to use the model's own tokenizer"
         )
-    saved = build_config(saved_settings, str(folder / "config.json"), tokenizer)
-    config = build_config(settings, origin, tokenizer) if config_is_given else saved
+    saved = build(saved_settings, str(folder / "config.json"), tokenizer)
+    config = build(settings, origin, tokenizer) if config_is_given else saved
     task.require_kind(config, origin if config_is_given else str(folder))
     if isinstance(saved, ReformerLMConfig) and isinstance(config, ReformerLMConfig):
         # Of others, names in files and in the model may differ; loading compares them.
@@ -168,6 +168,10 @@ def load_model(source: ModelSource, tokenizer: PreTrainedTokenizerFast) -> PreTr
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{source.folder}: the model cannot be loaded ({one_line(error)[:200]})") from None
         _require_all(source.folder, found)
+        for parameter in model.parameters():
+            # Out of the mapped file, where it may stand at an odd address: kernels for aligned memory add up in another
+            # order, and a resumed run would differ in the last bit from one that never stopped.
+            parameter.data = parameter.data.clone()
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
@@ -220,7 +224,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     # The compiler's backends have many ways to fail: no C++ compiler, no Triton, a driver that is too old.
     except Exception as error:
         raise InputError(f"--compile: torch cannot compile here ({one_line(error)[:200]}); leave it out") from None
-    if not isinstance(model, ReformerLMVocabularyHead):
+    if not any(isinstance(module, FeedForward) for module in model.modules()):
         model.compile()
         return
     for block in model.modules():

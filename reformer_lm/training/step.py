@@ -11,10 +11,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
+from reformer_lm.model import ReformerLMModel
 from reformer_lm.training.averaging import WeightAverage
 from reformer_lm.training.batches import BatchMaker
 from reformer_lm.training.optimization import set_learning_rate
+from reformer_lm.training.pairs import PairBatches
 from reformer_lm.training.parallel import Processes
 
 
@@ -57,7 +58,7 @@ class StepRunner:
         model: nn.Module,
         bare_model: PreTrainedModel,
         optimizer: AcceleratedOptimizer,
-        batches: BatchMaker,
+        batches: BatchMaker | PairBatches,
         max_grad_norm: float,
         average: WeightAverage | None = None,
     ) -> None:
@@ -87,9 +88,10 @@ class StepRunner:
         set_learning_rate(self.optimizer, rate)
         loss = torch.zeros((), device=self.accelerator.device)
         for place, (batch, _) in enumerate(made, start=1):
-            if isinstance(self.bare_model, ReformerLMVocabularyHead):
-                # Rotations that change with the step must be the same in all of its batches.
-                self.bare_model.reformer.hash_step = number
+            for module in self.bare_model.modules():
+                if isinstance(module, ReformerLMModel):
+                    # Rotations that change with the step must be the same in all of its batches.
+                    module.hash_step = number
             batch = {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
             with self.processes.gradients(self.model, complete=place == len(made)):
                 with self.accelerator.autocast():

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from reformer_lm.config import ReformerLMConfig
+from reformer_lm.encoder_decoder import ReformerLMForConditionalGeneration
 from reformer_lm.errors import InputError
 from reformer_lm.heads.masked_lm import ReformerLMForMaskedLM
-from reformer_lm.heads.vocabulary import ReformerLMVocabularyHead
 from reformer_lm.model import ReformerLMForCausalLM
 
 
@@ -29,7 +35,7 @@ class Task:
 
     name: str
     auto_class: Any
-    own_class: type[ReformerLMVocabularyHead]
+    own_class: type[PreTrainedModel]
     settings: Mapping[str, Any] = field(default_factory=dict)
     for_others: bool = False
 
@@ -48,6 +54,9 @@ class Task:
         Raises:
             InputError: It is another package's, or one that looks to the wrong sides.
         """
+        if self.name == "seq2seq":
+            # Nothing else can have been built for it.
+            return
         if not isinstance(config, ReformerLMConfig):
             if not self.for_others:
                 raise InputError(
@@ -69,4 +78,5 @@ class Task:
 TASKS = {
     "clm": Task("clm", AutoModelForCausalLM, ReformerLMForCausalLM, for_others=True),
     "mlm": Task("mlm", AutoModelForMaskedLM, ReformerLMForMaskedLM, {"causal": False, "lsh_mask": "chunked"}),
+    "seq2seq": Task("seq2seq", AutoModelForSeq2SeqLM, ReformerLMForConditionalGeneration),
 }
