@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
+@functools.cache
 def run_the_arithmetic() -> tuple[dict[str, object], str]:
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     namespace: dict[str, object] = {}

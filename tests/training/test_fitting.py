@@ -58,10 +58,10 @@ def test_it_learns_and_neither_needs_nor_moves_the_global_seed() -> None:
     model, again = make_model(), make_model()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    losses = fit(model, itertools.repeat(batches(1)[0]), steps=60, learning_rate=0.02, progress=False)
+    losses = fit(model, itertools.repeat(batches(1)[0]), steps=25, learning_rate=0.02, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
-    assert losses[-1] < losses[0] / 3
-    assert fit(again, itertools.repeat(batches(1)[0]), steps=60, learning_rate=0.02, progress=False) == losses
+    assert losses[-1] < losses[0] / 2
+    assert fit(again, itertools.repeat(batches(1)[0]), steps=25, learning_rate=0.02, progress=False) == losses
 
 
 def test_what_cannot_go_on_is_explained() -> None:
