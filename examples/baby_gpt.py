@@ -13,7 +13,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from example import begin, count, parser_of, run
@@ -52,35 +52,30 @@ def transitions(model: ReformerLMForCausalLM) -> dict[tuple[int, ...], list[floa
     return dict(zip(STATES, probabilities.tolist(), strict=True))
 
 
-def _arrow(axes: Axes, state: tuple[int, ...], token: int, probability: float) -> None:
-    begin_, end = PLACES[state], PLACES[(*state[1:], token)]
-    look = {"color": COLOURS[token], "alpha": 0.15 + 0.85 * probability}
-    if begin_ == end:
-        side = math.copysign(1, begin_[0])
-        path = {"connectionstyle": f"arc3,rad={1.9 * side:g}", "shrinkA": 17, "shrinkB": 17}
-        axes.annotate(
-            "", (begin_[0] + side * 0.12, -0.12), (begin_[0] + side * 0.12, 0.12),
-            arrowprops={"arrowstyle": "-|>", "linewidth": 0.8 + 2.4 * probability, **look, **path},
-        )  # fmt: skip
-        label = (begin_[0] + side * 0.95, 0.0)
+def _arrow(axes: Axes, nodes: dict[tuple[int, ...], Any], state: tuple[int, ...], token: int, share: float) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    target = (*state[1:], token)
+    (x0, y0), (x1, y1) = PLACES[state], PLACES[target]
+    look = {
+        "arrowstyle": "-|>", "mutation_scale": 13, "color": COLOURS[token], "linewidth": 0.9 + 2.6 * share,
+        "alpha": 0.35 + 0.65 * share,
+    }  # fmt: skip
+    if state == target:
+        side = math.copysign(1, x0)
+        ends = ((x0 + 0.3 * side, 0.22), (x0 + 0.3 * side, -0.22))
+        arrow = FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={-2.2 * side:g}", shrinkA=0, shrinkB=0, **look)
+        label = (x0 + 1.0 * side, 0.0)
     else:
-        bend = 0.16
-        axes.annotate(
-            "", end, begin_,
-            arrowprops={
-                "arrowstyle": "-|>", "linewidth": 0.8 + 2.4 * probability, "shrinkA": 18, "shrinkB": 18,
-                "connectionstyle": f"arc3,rad={bend}", **look,
-            },
-        )  # fmt: skip
-        (x0, y0), (x1, y1) = begin_, end
-        # On the arc, a little before its middle, where arrows that cross do not.
-        share = 0.42
-        label = (
-            x0 + (x1 - x0) * share + bend * (y1 - y0) / 2,
-            y0 + (y1 - y0) * share - bend * (x1 - x0) / 2,
+        # Outwards where an arrow would else run into the states of the middle.
+        bend = -0.3 if x0 == x1 else 0.14
+        arrow = FancyArrowPatch(
+            (x0, y0), (x1, y1), connectionstyle=f"arc3,rad={bend}", patchA=nodes[state], patchB=nodes[target], **look
         )
+        label = ((x0 + x1) / 2 + bend * (y1 - y0) / 2, (y0 + y1) / 2 - bend * (x1 - x0) / 2)
+    axes.add_patch(arrow)
     axes.text(
-        *label, f"{100 * probability:.0f}%", color=COLOURS[token], fontsize=9, ha="center", va="center",
+        *label, f"{100 * share:.0f}%", color=COLOURS[token], fontsize=10, ha="center", va="center", zorder=6,
         bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none"},
     )  # fmt: skip
 
@@ -91,22 +86,28 @@ def draw(before: dict[tuple[int, ...], list[float]], after: dict[tuple[int, ...]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Circle
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, 5), dpi=110)
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 4), dpi=110)
     for axes, chain, title in zip(panels, (before, after), ("before training", "after training"), strict=True):
+        nodes = {
+            state: Circle(place, 0.38, facecolor="#F2F2F2", edgecolor="#4D4D4D", zorder=5)
+            for state, place in PLACES.items()
+        }
+        for state, node in nodes.items():
+            axes.add_patch(node)
+            name = "".join(map(str, state))
+            axes.text(*PLACES[state], name, ha="center", va="center", fontsize=12, family="monospace", zorder=6)
         for state, probabilities in chain.items():
             for token, probability in enumerate(probabilities):
-                _arrow(axes, state, token, probability)
-            axes.text(
-                *PLACES[state], "".join(map(str, state)), ha="center", va="center", fontsize=12, family="monospace",
-                bbox={"boxstyle": "circle,pad=0.35", "facecolor": "#F2F2F2", "edgecolor": "#4D4D4D"}, zorder=5,
-            )  # fmt: skip
+                _arrow(axes, nodes, state, token, probability)
         axes.set_title(title, fontsize=12)
-        axes.set_xlim(-5.2, 5.2)
-        axes.set_ylim(-2.4, 2.4)
+        axes.set_xlim(-5.0, 5.0)
+        axes.set_ylim(-2.1, 2.1)
+        axes.set_aspect("equal")
         axes.axis("off")
-    figure.suptitle("The next token is 0 (blue) or 1 (orange) with this probability", fontsize=11, y=0.04)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.text(0.5, 0.03, "probability that the next token is 0 (blue) or 1 (orange)", ha="center", fontsize=11)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.91, bottom=0.07, wspace=0.02)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)

@@ -185,6 +185,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", list(CHECKS))
 def test_two_processes(check: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_this_process, args=(str(tmp_path), free_port(), check), nprocs=PROCESSES)
