@@ -88,7 +88,7 @@ class Setup:
 FULL = Setup(
     word=511, vocab_size=128, bucket_size=32, hidden_size=256, steps=150_000, batch=32, lr=1e-3, seed=0, tests=1024
 )
-SHORT = replace(FULL, word=31, bucket_size=8, steps=300, batch=16, lr=2e-3, tests=512)
+SHORT = replace(FULL, word=31, bucket_size=8, steps=150, batch=16, lr=2e-3, tests=512)
 
 
 def sequences(count: int, setup: Setup, generator: torch.Generator) -> Tensor:

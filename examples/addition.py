@@ -23,7 +23,7 @@ from reformer_lm.training.fitting import fit
 
 def build_parser() -> CommandLineParser:
     """The command line."""
-    parser = parser_of(__doc__, steps=3000, learning_rate=3e-3)
+    parser = parser_of(__doc__, steps=1500, learning_rate=5e-3)
     parser.add_argument("--digits", type=count, default=2, help="of each number, 1 to 4")
     parser.add_argument("--hidden_size", type=count, default=64, help="width of the model")
     parser.add_argument("--layers", type=count, default=2, help="of the model")

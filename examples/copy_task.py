@@ -23,7 +23,7 @@ from reformer_lm.training.fitting import fit
 
 def build_parser() -> CommandLineParser:
     """The command line."""
-    parser = parser_of(__doc__, steps=600, learning_rate=2e-3)
+    parser = parser_of(__doc__, steps=150, learning_rate=2e-3)
     parser.add_argument("--word", type=count, default=31, help="symbols in w")
     parser.add_argument("--symbols", type=count, default=63, help="different symbols")
     parser.add_argument("--hidden_size", type=count, default=128, help="width of the model")
