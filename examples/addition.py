@@ -88,12 +88,15 @@ def main(argv: list[str] | None = None) -> float:
     model = ReformerLMForCausalLM(config)
     data = batches(pairs, arguments, generator)
     fit(model, data, steps=arguments.steps, learning_rate=arguments.lr, progress=not arguments.quiet)
-    learned, _ = accuracy(model, pairs[:500], arguments.digits)
+    known = pairs[:500]
+    learned, _ = accuracy(model, known, arguments.digits)
     share, right = accuracy(model, tests, arguments.digits)
     base = 10**arguments.digits
     for pair in tests[~right][:3].tolist():
         print(f"wrong: {pair // base} + {pair % base}")
-    print(f"all digits right: {learned:.1%} of 500 sums it may have seen, {share:.1%} of {held_out} held-out sums")
+    print(
+        f"all digits right: {learned:.1%} of {len(known)} sums it may have seen, {share:.1%} of {held_out} held-out sums"
+    )
     return share
 
 

@@ -25,12 +25,12 @@ from reformer_lm.training.fitting import fit
 
 def build_parser() -> CommandLineParser:
     """The command line."""
-    parser = parser_of(__doc__, steps=500, learning_rate=2e-3)
+    parser = parser_of(__doc__, steps=300, learning_rate=3e-3)
     parser.add_argument(
         "--text", type=Path, default=ROOT / "data" / "train.json", help=".txt, .json, .jsonl: what corpora may be"
     )
     parser.add_argument("--context", type=count, default=256, help="characters in a window")
-    parser.add_argument("--batch", type=count, default=8, help="windows a step")
+    parser.add_argument("--batch", type=count, default=4, help="windows a step")
     parser.add_argument("--hidden_size", type=count, default=128, help="width of the model")
     parser.add_argument("--layers", type=count, default=3, help="of the model")
     parser.add_argument("--sample", type=count, default=200, help="characters to write at the end")
