@@ -94,9 +94,8 @@ def main(argv: list[str] | None = None) -> float:
     base = 10**arguments.digits
     for pair in tests[~right][:3].tolist():
         print(f"wrong: {pair // base} + {pair % base}")
-    print(
-        f"all digits right: {learned:.1%} of {len(known)} sums it may have seen, {share:.1%} of {held_out} held-out sums"
-    )
+    said = f"{learned:.1%} of {len(known)} sums it may have seen, {share:.1%} of {held_out} held-out sums"
+    print(f"all digits right: {said}")
     return share
 
 
