@@ -51,6 +51,9 @@ def test_commands_are_accepted(command: list[str], monkeypatch: pytest.MonkeyPat
             parse_train(arguments)
         case ["torchrun", "--nproc_per_node", _, "train_reformer.py", *arguments]:
             parse_train(arguments)
+        case ["accelerate", "launch", "--config_file", file, "train_reformer.py", *arguments]:
+            assert (ROOT / file).exists()
+            parse_train(arguments)
         case ["python", "predict.py", *arguments] | ["torchrun", "--nproc_per_node", _, "predict.py", *arguments]:
             parse_predict(arguments)
         case ["pip", "install", requirement]:
