@@ -219,6 +219,8 @@ class TrainingLoop:
         progress = self.progress
         if progress.step == 0:
             self._validate()
+        elif progress.validation_is_due and self._validate():
+            self._save(may_fail=True)
         stopwatch = Stopwatch()
         for step_windows in self.plan.steps(progress.epoch, progress.windows_done):
             if self._stopping or progress.step >= self.schedule.total_steps or self.stopped_early:
@@ -318,6 +320,7 @@ class TrainingLoop:
                     processes=self.processes,
                     masking=self.masking,
                 )
+        self.progress.validation_is_due = result is None
         if result is None:
             self._told_to_stop = True
             return False

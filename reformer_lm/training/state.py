@@ -30,6 +30,7 @@ class Progress:
         best_loss: The lowest.
         best_step: Where that was.
         validations_since_best: Validations after it.
+        validation_is_due: Whether the run was told to stop before the validation of this step.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     validations_since_best: int = 0
+    validation_is_due: bool = False
 
     def record_validation(self, loss: float) -> bool:
         """Note the loss of a validation after the current step, and say whether it is the lowest so far."""

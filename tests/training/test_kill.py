@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from reformer_lm.training.checkpoints import CheckpointStore, load_state
 
-KILLS = 20
 # Everything that has a state: dropout and changing rotations, momentum, averages, noise, validations; four steps an
 # epoch, the last of them smaller.
 RUN = """--raw --batch_size 2 --gradient_accumulation 2 --max_seq_len 16 --stride 27 --save_every 1 --eval_every 3
@@ -62,8 +61,10 @@ def newest_step(output_dir: str) -> int:
     return int(complete[-1].name[5:]) if complete else 0
 
 
-def test_killed_at_random_moments(runs: KillableRuns) -> None:
-    steps = 8 * KILLS
+# Each kill costs a process that loads everything anew.
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills: int, runs: KillableRuns) -> None:
+    steps = 8 * kills
     run = [*RUN, "--epochs", "100", "--max_steps", str(steps)]
     begin = time.perf_counter()
     assert runs.run([*run, "--output_dir", "straight"]) == 0, runs.log.read_text()
@@ -71,7 +72,7 @@ def test_killed_at_random_moments(runs: KillableRuns) -> None:
 
     choice = random.Random(0)
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         before = newest_step("killed")
         runs.start([*run, "--output_dir", "killed"])
         # It must come farther each time; then the moment is anywhere in the next three steps, each of which saves.

@@ -94,6 +94,8 @@ def test_two_processes_train_what_one_does() -> None:
         assert_close(f"fsdp {name}", f"one {name}")
 
 
+# Four more processes; that two train what one does is tested above.
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes() -> None:
     # A constant rate, which does not depend on where a run is to end.
     two = [*RUN, "--lr_schedule", "constant", "--warmup_steps", "0", "--ema", "0.5", "--optimizer", "muon"]
