@@ -141,7 +141,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_is_continued(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,

@@ -55,6 +55,7 @@ def test_sums_are_right() -> None:
     assert rows == [[8, 5, 5, 0, 5, 3, 1], [9, 9, 9, 9, 8, 9, 1], [0, 0, 0, 7, 7, 0, 0]]
 
 
+@pytest.mark.slow
 def test_sums_are_learned_and_others_are_held_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
