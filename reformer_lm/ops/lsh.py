@@ -24,12 +24,13 @@ from torch import Tensor
 from reformer_lm.ops.hashing import sort_by_bucket
 from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.keys import KeyNorm, normalize_keys, shift_values
+from reformer_lm.ops.lsh_dense import MAX_TOKENS, lsh_attention_dense
 from reformer_lm.ops.lsh_reference import lsh_attention_reference
 from reformer_lm.ops.lsh_torch import lsh_attention_torch
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "torch", "flex"]
+Backend = Literal["auto", "reference", "dense", "torch", "flex"]
 
 
 def lsh_attention(
@@ -69,9 +70,11 @@ def lsh_attention(
         memory_mask_BM: optional bool [B, M], False for memory that a row does not see. A row that sees none attends as
             if there were none.
         kept: what is given empty comes back filled; given again with the same input, that costs no forward pass. The
-            reference backend leaves it empty.
-        backend: "torch" (any device), "flex" (CUDA; no dropout, no memory, duplicates counted), "reference" (the
-            oracle, slow; no dropout), or "auto": flex where it can run, else torch, which a debug log says.
+            reference and dense backends leave it empty.
+        backend: "torch" (any device), "dense" (any device, for short sequences; no dropout, no memory; keeps nothing),
+            "flex" (CUDA; no dropout, no memory, duplicates counted), "reference" (the oracle, slow; no dropout), or
+            "auto": flex where it can run, dense for up to some hundred tokens on a CPU, else torch. A debug log says
+            which.
 
     Returns:
         [B, H, T, D_v] in the dtype of ``v_BHTD``.
@@ -88,7 +91,7 @@ def lsh_attention(
         if backend == "flex" and obstacle is not None:
             raise ValueError(f'backend="flex" {obstacle}: use backend="auto" or "torch"')
         if backend == "auto":
-            backend = "flex" if obstacle is None else "torch"
+            backend = "flex" if obstacle is None else _without_flex(qk_BHTD, dropout_p, memory, kept)
             logger.debug("lsh_attention on %s: backend %s%s", qk_BHTD.device.type, backend,
                          f", since flex {obstacle}" if obstacle else "")  # fmt: skip
     if documents_BT is not None:
@@ -112,6 +115,18 @@ def lsh_attention(
             memory_mask=memory_mask_BM,
         )
     values = shift_values(v_BHTD, num_shifted_heads)
+    if backend == "dense":
+        if dropout_p or memory is not None:
+            raise ValueError('backend="dense" has neither dropout nor memory: use backend="torch"')
+        return lsh_attention_dense(
+            qk_BHTD,
+            values,
+            buckets_BHRT,
+            window=window,
+            key_norm=key_norm,
+            num_shifted_heads=num_shifted_heads,
+            allow_duplicates=allow_duplicates,
+        )
     if kept is not None and kept.is_filled:
         order, matched = None, kept.matched
     else:
@@ -147,6 +162,14 @@ def lsh_attention(
         memory_mask=memory_mask_BM,
         kept=kept,
     )
+
+
+def _without_flex(
+    qk: Tensor, dropout_p: float, memory: tuple[Tensor, Tensor] | None, kept: KeptAttention | None
+) -> Backend:
+    """The faster of the backends that run anywhere."""
+    short = qk.device.type == "cpu" and qk.shape[2] <= MAX_TOKENS
+    return "dense" if short and not dropout_p and memory is None and kept is None else "torch"
 
 
 def _flex_obstacle(

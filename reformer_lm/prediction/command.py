@@ -19,7 +19,7 @@ from reformer_lm.prediction import reports
 from reformer_lm.prediction.arguments import parse_arguments
 from reformer_lm.prediction.filling import FillingJob, require_filling
 from reformer_lm.prediction.inputs import FileOptions, decode_line, given_texts, require_unicode
-from reformer_lm.prediction.saved_model import choose_device, load_model
+from reformer_lm.prediction.saved_model import choose_device, choose_dtype, load_model
 from reformer_lm.prediction.scoring_job import ScoringJob, join_processes
 from reformer_lm.prediction.target_job import TargetJob, require_sources
 
@@ -62,12 +62,13 @@ def _run(arguments: argparse.Namespace) -> None:
     """Do what was asked for."""
     # What costs nothing is checked before the model is loaded.
     device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
     require_unicode(arguments.text, "--text")
     require_unicode(arguments.compare, "--compare")
     if arguments.ppl:
         leave = join_processes(arguments.file)
         try:
-            model, tokenizer = load_model(arguments.model_dir, device)
+            model, tokenizer = load_model(arguments.model_dir, device, dtype)
             if isinstance(model, ReformerLMForMaskedLM):
                 require_filling(arguments)
             if isinstance(model, ReformerLMForConditionalGeneration):
@@ -76,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
         finally:
             leave()
         return
-    model, tokenizer = load_model(arguments.model_dir, device)
+    model, tokenizer = load_model(arguments.model_dir, device, dtype)
     job: FillingJob | TargetJob | _Generation
     if isinstance(model, ReformerLMForMaskedLM):
         job = FillingJob(arguments, model, tokenizer)

@@ -49,21 +49,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Turn the value of ``--dtype`` into the number format of the weights.
+
+    Args:
+        name: "auto", or a torch dtype's name.
+        device: Where the model will run.
+
+    Returns:
+        The format, or None for "auto": as saved, but float32 in place of half precision on a CPU.
+
+    Raises:
+        InputError: If the device has no products in it.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise InputError("--dtype float16 is for GPUs; on a CPU give float32, or bfloat16 where it is fast")
+    found: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return found
+
+
 def local_rank() -> int:
     """The number of this process among those of torchrun on this machine; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_model(
+    directory: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer from the folder that training wrote.
 
     Args:
         directory: The folder.
         device: Where the model goes.
+        dtype: Number format of the weights; None for that they were saved in, or float32 on a CPU where that is half
+            precision: it is exacter, and faster on most.
 
     Returns:
-        The model in evaluation mode, and the tokenizer. On a CPU a model saved in half precision is widened
-        to float32, which is both exacter and faster there.
+        The model in evaluation mode, and the tokenizer.
 
     Raises:
         InputError: If there is no model, or the folder is incomplete, damaged or inconsistent.
@@ -97,8 +119,10 @@ def load_model(directory: Path, device: torch.device) -> tuple[PreTrainedModel, 
             f"{directory}: the tokenizer has ids up to {largest}, but config.json says vocab_size "
             f"{model.config.vocab_size}; the two are from different models"
         )
-    if device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
-        model = model.float()
+    if dtype is None and device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    if dtype is not None:
+        model = model.to(dtype)
     return model.to(device).eval(), tokenizer
 
 

@@ -179,6 +179,7 @@ class ScoringJob:
         options = self._options
         return {
             "model": str(self._arguments.model_dir),
+            "number format": str(self._model.dtype).removeprefix("torch."),
             "window (tokens)": options.window,
             "context of a further window (tokens)": options.context,
             "end of article scored": options.add_eos,

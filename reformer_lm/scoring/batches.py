@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 # Tokens in one forward pass, padding included, unless told otherwise.
 TOKENS_PER_BATCH = 4096
+# Fewest tokens in one forward pass, empty rows included: more than layers/linear.py calls few.
+LEAST_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def plan_batches(
 
 
 def padded_length(length: int) -> int:
-    """Round a length up to one of few, at most an eighth longer (or to a multiple of 16).
+    """Round a length up to one of few, at most an eighth longer (or to a multiple of 4).
 
     Args:
         length: Tokens in a window, at least 1.
@@ -119,5 +121,20 @@ def padded_length(length: int) -> int:
     Returns:
         The length to which a window is padded.
     """
-    step = max(16, (1 << length.bit_length()) // 16)
+    step = max(4, (1 << length.bit_length()) // 16)
     return -(-length // step) * step
+
+
+def rows_to_run(rows: int, length: int) -> int:
+    """Rows of a batch with the empty ones that it is filled up with, where it has hardly any tokens.
+
+    Products of a few rows are taken by other kernels than those of many, which add up in another order.
+
+    Args:
+        rows: Windows of the batch.
+        length: Tokens of each, padding included.
+
+    Returns:
+        At least ``rows``, and enough for `LEAST_TOKENS`.
+    """
+    return max(rows, -(-LEAST_TOKENS // length))

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.scoring.batches import Batch
+from reformer_lm.scoring.batches import Batch, rows_to_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Positions of all rows together whose probabilities are normalised at once: [512, vocabulary] floats.
 POSITIONS_PER_CHUNK = 512
-# Positions of a chunk are a multiple of it (see stream.py about lengths).
-ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def score_batch(model: PreTrainedModel, batch: Batch, alternatives: int = 0) -> 
     Returns:
         For each window of the batch what became of the tokens that it scores.
     """
-    rows = len(batch.windows)
+    rows = rows_to_run(len(batch.windows), batch.length)
     input_ids_BT = torch.zeros((rows, batch.length), dtype=torch.long)
     targets_BT = torch.zeros_like(input_ids_BT)
     is_scored_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
@@ -84,8 +82,7 @@ def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, places: Tensor) 
     if isinstance(model, ReformerLMForCausalLM):
         hidden = model.reformer(input_ids_BT).last_hidden_state.flatten(0, 1)
         for chunk in places.split(POSITIONS_PER_CHUNK):
-            # Products of such shapes add up in the same order for many rows as for few.
-            padded = functional.pad(chunk, (0, -len(chunk) % ROWS_MULTIPLE))
+            padded = functional.pad(chunk, (0, rows_to_run(len(chunk), 1) - len(chunk)))
             yield model.compute_logits(hidden[padded])[: len(chunk)]
     else:
         # Another model may do more to its logits than apply its output layer.

@@ -6,9 +6,9 @@ longer than the model's window is scored by windows that overlap: each window re
 the one before, which are read but not scored again, so every token is scored exactly once.
 
 Sentences are run in batches, yet the number of a sentence does not depend on its company: the length to which
-it is padded follows from its own length alone, and is a multiple of 16. Matrix products of such shapes add up
-in the same order for one row as for many: measured on a CPU, the results are equal to the last bit, where odd
-lengths move a surprisal by 4e-6. Where a device does otherwise, float32 results agree to about that much.
+it is padded follows from its own length alone, and a batch never has so few tokens that products of few rows would
+be taken for it. Measured on a CPU, the results are equal to the last bit; where a device adds up otherwise, float32
+results agree to some 1e-6 a token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScoringOptions:
     """How to score; see `score` for the meaning of each.
 
     Attributes:
-        batch_size: Most rows in one forward pass, None for no limit.
+        batch_size: Most windows in one forward pass, None for no limit.
         batch_tokens: Most tokens in one forward pass, padding included, unless a single window is longer.
         add_eos: Whether the end of the article is scored.
         window: Most tokens read at once.
@@ -79,7 +79,7 @@ def score(
         texts: The texts to score.
         prefixes: What stands before each text, one for each: it is read and not scored, so that the result is the
             likelihood of the text given its prefix. The two are tokenised apart.
-        batch_size: Most rows in one forward pass; None for as many as ``batch_tokens`` allows.
+        batch_size: Most windows in one forward pass; None for as many as ``batch_tokens`` allows.
         batch_tokens: Most tokens in one forward pass, padding included, unless a single window is longer.
         add_eos: Whether to score the end of the article after the last token, too.
         window: Most tokens the model reads at once; by default all that it can.

@@ -297,6 +297,19 @@ def test_a_model_in_half_precision_is_scored_in_float32(predict, saved_model_dir
     assert record["nll"] == pytest.approx(expected.nll, rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-5), ("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_number_format_can_be_chosen(predict, saved_model_dir, dtype, bound):
+    texts = ["--text", "山水", "--text", "山水" * 20]
+    (precise,), (other,) = (
+        [[json.loads(line)["nll"] for line in good(predict("--ppl", "--json", *texts, *options)).out.splitlines()]]
+        for options in ((), ("--dtype", dtype))
+    )
+    assert other == pytest.approx(precise, rel=bound)
+    # In another format a number is not quite the same.
+    assert (other == precise) == (dtype == "float32")
+    assert len(good(predict("--text", "山", "--length", "5", "--dtype", dtype)).out.strip()) > 1
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

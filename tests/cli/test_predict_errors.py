@@ -90,6 +90,10 @@ def test_a_device_that_is_not_there(saved_model_dir, capfd, device):
     assert err.count("\n") == 1
 
 
+def test_a_number_format_that_a_cpu_does_not_have(predict):
+    assert one_error(predict("--text", "山", "--dtype", "float16")).startswith("error: --dtype float16 is for GPUs")
+
+
 @pytest.mark.parametrize("job", [["--ppl"], []])
 @pytest.mark.parametrize(
     ("name", "content", "named"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reformer_lm.ops import lsh_blocks, lsh_slice, lsh_torch
+from reformer_lm.ops import lsh_blocks, lsh_dense, lsh_slice, lsh_torch
 from reformer_lm.ops.hashing import hash_vectors, sample_rotations
 from reformer_lm.ops.kept_attention import KeptAttention
 from reformer_lm.ops.lsh import lsh_attention
@@ -105,43 +107,116 @@ def test_torch_backend_equals_the_reference(
         torch.testing.assert_close(one, other, **TIGHT)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    tokens=st.one_of(st.integers(1, 20), st.integers(21, 90)),
+    dim=st.sampled_from([1, 4, 9]),
+    rounds=st.integers(1, 4),
+    window=st.sampled_from([1, 2, 5, 16, 64, 400]),
+    buckets=st.sampled_from([2, 4, 40]),
+    key_norm=st.sampled_from(["rms", "rms_eps", "unit"]),
+    shifted=st.integers(0, 3),
+    pairs=st.sampled_from([1, 1000, 1 << 22]),
+    duplicates=st.booleans(),
+    documents=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_dense_backend_equals_the_reference(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    rounds: int,
+    window: int,
+    buckets: int,
+    key_norm: str,
+    shifted: int,
+    pairs: int,
+    duplicates: bool,
+    documents: int,
+    seed: int,
+) -> None:
+    inputs = make_inputs(batch, heads, tokens, dim, rounds, buckets, seed)
+    options = {"window": window, "key_norm": key_norm, "num_shifted_heads": min(shifted, heads)}
+    options["allow_duplicates"] = duplicates
+    if documents > 1:
+        cuts = torch.randint(0, documents, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+        options["documents_BT"] = cuts.sort(dim=1).values
+    expected = outputs_and_gradients(*inputs, **options, backend="reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lsh_dense, "_PAIRS", pairs)
+        actual = outputs_and_gradients(*inputs, **options, backend="dense")
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+@pytest.mark.parametrize("tokens", [1, lsh_dense.MAX_TOKENS, lsh_dense.MAX_TOKENS + 1])
+def test_short_and_long_sequences_attend_alike(tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = make_inputs(2, 2, tokens, 4, 2, 8, seed=0)
+    with caplog.at_level("DEBUG", logger="reformer_lm.ops.lsh"):
+        automatic = outputs_and_gradients(*inputs, window=16, num_shifted_heads=1)
+    assert f"backend {'dense' if tokens <= lsh_dense.MAX_TOKENS else 'torch'}" in caplog.text
+    for name in ("dense", "torch"):
+        named = outputs_and_gradients(*inputs, window=16, num_shifted_heads=1, backend=name)
+        for one, other in zip(automatic, named, strict=True):
+            torch.testing.assert_close(one, other, **TIGHT)
+
+
+def test_no_later_token_reaches_an_earlier_one_whatever_the_backend() -> None:
+    qk, v, buckets = make_inputs(1, 2, 50, 4, 2, 4, seed=1)
+    # A shifted head without a match must not read what follows it.
+    spoiled = v.detach().clone()
+    spoiled[:, :, 30:] = 1e300
+    for backend in ("dense", "torch"):
+        out, other = (
+            lsh_attention(qk, x, buckets, window=8, num_shifted_heads=2, backend=backend) for x in (v, spoiled)
+        )
+        assert torch.equal(out[:, :, :30], other[:, :, :30])
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
 @pytest.mark.parametrize("shifted", [0, 2])
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65])
-def test_all_tokens_in_one_bucket(tokens: int, shifted: int) -> None:
+def test_all_tokens_in_one_bucket(tokens: int, shifted: int, backend: str) -> None:
     qk, v, buckets = make_inputs(1, 2, tokens, 4, 2, 2, seed=0)
     buckets = torch.zeros_like(buckets)
     options = {"window": 8, "num_shifted_heads": shifted}
     for one, other in zip(
-        outputs_and_gradients(qk, v, buckets, **options, backend="torch"),
+        outputs_and_gradients(qk, v, buckets, **options, backend=backend),
         outputs_and_gradients(qk, v, buckets, **options, backend="reference"),
         strict=True,
     ):
         torch.testing.assert_close(one, other, **TIGHT)
 
 
-def test_every_token_in_a_bucket_of_its_own_reads_itself_or_nothing() -> None:
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+def test_every_token_in_a_bucket_of_its_own_reads_itself_or_nothing(backend: str) -> None:
     qk, v, _ = make_inputs(1, 2, 30, 4, 3, 2, seed=1)
     buckets = torch.arange(30).expand(1, 2, 3, 30)
-    out, grad_qk, _ = outputs_and_gradients(qk, v, buckets, window=8, num_shifted_heads=1)
+    out, grad_qk, _ = outputs_and_gradients(qk, v, buckets, window=8, num_shifted_heads=1, backend=backend)
     assert torch.equal(out[:, 0], v[:, 0])
     assert torch.equal(out[:, 1], torch.zeros_like(out[:, 1]))
-    assert torch.equal(grad_qk, torch.zeros_like(grad_qk))
+    # What the softmax of one logit leaves in its gradient is rounding, if anything.
+    torch.testing.assert_close(grad_qk, torch.zeros_like(grad_qk), **TIGHT)
 
 
 @pytest.mark.parametrize("slice_elements", [1, 200, 1 << 19])
 def test_slices_of_heads_make_no_difference(slice_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(2, 3, 45, 4, 2, 4, seed=2)
-    expected = outputs_and_gradients(*inputs, window=8)
+    expected = outputs_and_gradients(*inputs, window=8, backend="torch")
     monkeypatch.setitem(lsh_torch._SLICE_ELEMENTS, "cpu", slice_elements)
-    for one, other in zip(outputs_and_gradients(*inputs, window=8), expected, strict=True):
+    for one, other in zip(outputs_and_gradients(*inputs, window=8, backend="torch"), expected, strict=True):
         torch.testing.assert_close(one, other, **TIGHT)
 
 
 def test_gradcheck_in_float64() -> None:
     qk, v, buckets = make_inputs(1, 2, 11, 3, 2, 4, seed=3)
-    for shifted in (0, 1):
+    for shifted, backend in itertools.product((0, 1), ("dense", "torch")):
+        options = {"window": 4, "num_shifted_heads": shifted, "backend": backend}
         assert torch.autograd.gradcheck(
-            lambda a, b, n=shifted: lsh_attention(a, b, buckets, window=4, num_shifted_heads=n), (qk, v), atol=1e-6
+            lambda a, b, options=options: lsh_attention(a, b, buckets, **options), (qk, v), atol=1e-6
         )
 
 
@@ -166,12 +241,13 @@ def test_dropout_keeps_the_mean_and_differs_between_calls() -> None:
     assert ((samples.mean(dim=0) - plain).abs() < 6 * error + 1e-5).all()
 
 
+@pytest.mark.parametrize("backend", ["dense", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_lower_precision_stays_close_to_float64(dtype: torch.dtype) -> None:
+def test_lower_precision_stays_close_to_float64(dtype: torch.dtype, backend: str) -> None:
     qk, v, buckets = make_inputs(1, 2, 150, 16, 3, 4, seed=6)
-    expected = outputs_and_gradients(qk, v, buckets, window=16, num_shifted_heads=1)
+    expected = outputs_and_gradients(qk, v, buckets, window=16, num_shifted_heads=1, backend=backend)
     low = [x.detach().to(dtype).requires_grad_() for x in (qk, v)]
-    actual = outputs_and_gradients(*low, buckets, window=16, num_shifted_heads=1)
+    actual = outputs_and_gradients(*low, buckets, window=16, num_shifted_heads=1, backend=backend)
     bound = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 1e-5}[dtype]
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == dtype
@@ -191,10 +267,10 @@ def test_no_uninitialised_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     inputs = make_inputs(1, 2, 37, 4, 2, 4, seed=8)
-    expected = outputs_and_gradients(*inputs, window=8)
+    expected = outputs_and_gradients(*inputs, window=8, backend="torch")
     monkeypatch.setattr(torch, "empty_like", poisoned_like)
     monkeypatch.setattr(torch, "empty", poisoned)
-    for one, other in zip(outputs_and_gradients(*inputs, window=8), expected, strict=True):
+    for one, other in zip(outputs_and_gradients(*inputs, window=8, backend="torch"), expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -239,7 +315,7 @@ def test_the_chosen_backend_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     qk, v, buckets = make_inputs(1, 2, 8, 4, 2, 2, seed=0)
     with caplog.at_level("DEBUG", logger="reformer_lm.ops.lsh"):
         lsh_attention(qk, v, buckets, window=4)
-    assert "lsh_attention on cpu: backend torch, since flex needs tensors on a CUDA device" in caplog.text
+    assert "lsh_attention on cpu: backend dense, since flex needs tensors on a CUDA device" in caplog.text
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -262,3 +338,5 @@ def test_wrong_arguments_are_named() -> None:
         lsh_attention(qk, v, buckets, window=4, backend="flex")
     with pytest.raises(ValueError, match="no dropout"):
         lsh_attention(qk, v, buckets, window=4, dropout_p=0.1, backend="reference")
+    with pytest.raises(ValueError, match="neither dropout nor memory"):
+        lsh_attention(qk, v, buckets, window=4, dropout_p=0.1, backend="dense")

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reformer_lm.scoring.batches import Window, cut_windows, padded_length, plan_batches
+from reformer_lm.layers.linear import FEW_ROWS
+from reformer_lm.scoring.batches import (
+    LEAST_TOKENS,
+    Window,
+    cut_windows,
+    padded_length,
+    plan_batches,
+    rows_to_run,
+)
 
 
 @given(
@@ -32,11 +40,18 @@ def test_padding_depends_on_a_windows_own_length(lengths, extra, batch_size):
 
 
 @given(length=st.integers(1, 100_000))
-def test_padding_is_little_and_to_a_multiple_of_sixteen(length):
+def test_padding_is_little_and_to_a_multiple_of_four(length):
     padded = padded_length(length)
     assert length <= padded
-    assert padded % 16 == 0
-    assert padded - length < max(16, length / 8 + 1)
+    assert padded % 4 == 0
+    assert padded - length < max(4, length / 8 + 1)
+
+
+@given(rows=st.integers(1, 100), length=st.integers(1, 100))
+def test_a_forward_pass_never_has_few_tokens(rows, length):
+    filled = rows_to_run(rows, length)
+    assert filled * length > FEW_ROWS
+    assert filled == rows or (filled - 1) * length < LEAST_TOKENS
 
 
 def test_chunked_attention_is_never_padded():
