@@ -1,14 +1,18 @@
 """Scoring sentences: how many a second, in how much memory, and whether fluent ones win against damaged copies.
 
     python benchmarks/scoring.py speed --sentences sentences.jsonl
+    python benchmarks/scoring.py ways --sentences sentences.jsonl
     python benchmarks/scoring.py memory --sentences sentences.jsonl
     python benchmarks/scoring.py accuracy --sentences sentences.jsonl --models "ours=model" "GPT-2=gpt2_model"
     python benchmarks/scoring.py report                  # the tables of docs/benchmarks.md, from what was measured
 
 speed: `reformer_lm.scoring.score` on the sentences twenty times over, beside the usual loop, one sentence at a time
-through `model(ids, labels=ids).loss` of each peer; models of one size (configs/tiny.json), alternating repetitions.
+through `model(ids, labels=ids).loss` of each peer; models of one size (configs/tiny.json), alternating repetitions;
+all but reformer-pytorch with weights in bfloat16, too.
+ways: what each of the things brings that make it fast (scoring_ways.py).
 memory: peak resident memory of processes that score ever more sentences with a small model.
-accuracy: of each sentence and four damaged copies (damage.py), how often the model finds the sentence more fluent.
+accuracy: of each sentence and four damaged copies (damage.py), how often the model finds the sentence more fluent; and
+how far its numbers move with weights in bfloat16.
 Each part goes into benchmarks/results/scoring_<machine>.json.
 """
 
@@ -24,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -31,15 +36,19 @@ from typing import Any
 import torch
 from damage import KINDS, damaged
 from machine import ROOT, default_result_file, describe_machine
+from scoring_ways import measure_ways, our_model, ways_table
 
 SPEED_LABELS = {
     "ours": "`score()`",
-    "gpt2": "GPT-2 (SDPA), one at a time",
-    "transformers_reformer": "transformers' Reformer, one at a time",
+    "ours_bfloat16": "`score()`, bfloat16",
     "reformer_pytorch": "reformer-pytorch, one at a time",
+    "transformers_reformer": "transformers' Reformer, one at a time",
+    "transformers_reformer_bfloat16": "transformers' Reformer, bfloat16, one at a time",
+    "gpt2": "GPT-2 (SDPA), one at a time",
+    "gpt2_bfloat16": "GPT-2 (SDPA), bfloat16, one at a time",
     "ours_one_by_one": "our model, one at a time",
 }
-TIMES = 20
+TIMES, WAYS_TIMES = 20, 4
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -65,16 +74,12 @@ def speed_calls(tokenizer: Any, sentences: list[str], peer_sentences: int) -> di
     from reformer_pytorch.generative_tools import TrainingWrapper
     from transformers import GPT2Config, GPT2LMHeadModel, ReformerConfig, ReformerModelWithLMHead
 
-    from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
     from reformer_lm.scoring import score
 
     settings = json.loads((ROOT / "configs" / "tiny.json").read_text(encoding="utf-8"))["model"]
     width, depth, heads = (settings[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     size, tokens = len(tokenizer), 1024
-    torch.manual_seed(0)
-    ours = ReformerLMForCausalLM(
-        ReformerLMConfig(**{**settings, "vocab_size": size, "max_position_embeddings": tokens})
-    ).eval()
+    ours, ours_bfloat16 = our_model(tokenizer), our_model(tokenizer, torch.bfloat16)
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=size, n_positions=tokens, n_embd=width, n_layer=depth, n_head=heads, use_cache=False,
@@ -96,14 +101,18 @@ def speed_calls(tokenizer: Any, sentences: list[str], peer_sentences: int) -> di
         )
     ).eval()  # fmt: skip
     some = sentences[:peer_sentences]
-    loops: dict[str, Callable[[torch.Tensor], Any]] = {
-        "gpt2": lambda ids: gpt2(ids, labels=ids).loss,
-        "transformers_reformer": lambda ids: theirs(ids, labels=ids).loss,
-        "reformer_pytorch": lambda ids: wrapper(ids, return_loss=True),
-        "ours_one_by_one": lambda ids: ours(ids, labels=ids).loss,
-    }
+    models = {
+        "transformers_reformer": theirs, "transformers_reformer_bfloat16": deepcopy(theirs).bfloat16(), "gpt2": gpt2,
+        "gpt2_bfloat16": deepcopy(gpt2).bfloat16(), "ours_one_by_one": ours,
+    }  # fmt: skip
+    loops: dict[str, Callable[[torch.Tensor], Any]] = {"reformer_pytorch": lambda ids: wrapper(ids, return_loss=True)}
+    for name, model in models.items():
+        loops[name] = lambda ids, model=model: model(ids, labels=ids).loss
     many = sentences * TIMES
-    calls: dict[str, tuple[int, Callable[[], None]]] = {"ours": (len(many), lambda: score(ours, tokenizer, many))}
+    calls: dict[str, tuple[int, Callable[[], None]]] = {
+        "ours": (len(many), lambda: score(ours, tokenizer, many)),
+        "ours_bfloat16": (len(many), lambda: score(ours_bfloat16, tokenizer, many)),
+    }
     for name, loss in loops.items():
         calls[name] = (len(some), lambda loss=loss: one_by_one(loss, tokenizer, some))
     return calls
@@ -116,8 +125,9 @@ def measure_speed(sentences: list[str], repetitions: int, peer_sentences: int) -
     calls = speed_calls(load_tokenizer(), sentences, peer_sentences)
     rates: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for _, call in list(calls.values())[1:]:
-        call()
+    for name, (_, call) in calls.items():
+        if name not in ("ours", "ours_bfloat16"):
+            call()
     for repetition in range(repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
@@ -183,29 +193,38 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 def measure_accuracy(folder: Path, sentences: list[str]) -> dict[str, Any]:
     """How often a model prefers a sentence to its damaged copy, by likelihood and by PPL per token."""
     from reformer_lm.prediction.saved_model import load_model
-    from reformer_lm.scoring import ScoreTotals, score
+    from reformer_lm.scoring import Score, ScoreTotals, score
 
-    model, tokenizer = load_model(folder, torch.device("cpu"))
-    fluent = score(model, tokenizer, sentences)
-    totals = ScoreTotals()
-    for one in fluent:
-        totals.add(one)
-    kinds = {}
+    copies = {kind: [damaged(sentence, kind, seed) for seed, sentence in enumerate(sentences)] for kind in KINDS}
+    totals: dict[torch.dtype, ScoreTotals] = {}
+    scores: dict[torch.dtype, dict[str, list[Score]]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = load_model(folder, torch.device("cpu"), dtype)
+        found = {kind: score(model, tokenizer, [c or "" for c in copies[kind]]) for kind in KINDS}
+        scores[dtype] = {"fluent": score(model, tokenizer, sentences), **found}
+        totals[dtype] = ScoreTotals()
+        for one in scores[dtype]["fluent"]:
+            totals[dtype].add(one)
+    kinds, changed = {}, 0
     for kind in KINDS:
-        copies = [damaged(sentence, kind, seed) for seed, sentence in enumerate(sentences)]
-        pairs = [
-            (good, bad)
-            for good, bad, copy in zip(fluent, score(model, tokenizer, [c or "" for c in copies]), copies, strict=True)
-            if copy is not None
-        ]
+        places = [index for index, copy in enumerate(copies[kind]) if copy is not None]
+        pairs = [(scores[torch.float32]["fluent"][i], scores[torch.float32][kind][i]) for i in places]
+        low = [(scores[torch.bfloat16]["fluent"][i], scores[torch.bfloat16][kind][i]) for i in places]
+        changed += sum((a.ppl < b.ppl) != (c.ppl < d.ppl) for (a, b), (c, d) in zip(pairs, low, strict=True))
         kinds[kind] = {
             "pairs": len(pairs),
             "right_by_likelihood": sum(good.nll < bad.nll for good, bad in pairs),
             "right_by_ppl": sum(good.ppl < bad.ppl for good, bad in pairs),
         }
+    both = zip(*(scores[dtype]["fluent"] for dtype in (torch.float32, torch.bfloat16)), strict=True)
+    moved = [abs(low.ppl / exact.ppl - 1) for exact, low in both]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()), "ppl_per_character": totals.ppl_per_character,
-        "kinds": kinds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ppl_per_character": totals[torch.float32].ppl_per_character, "kinds": kinds,
+        "bfloat16": {
+            "ppl_per_character": totals[torch.bfloat16].ppl_per_character, "median_change": statistics.median(moved),
+            "largest_change": max(moved), "decisions_changed": changed,
+        },
     }  # fmt: skip
 
 
@@ -226,6 +245,8 @@ def report(results: dict[str, Any]) -> str:
                 f"| {SPEED_LABELS[name]} | {middle:,.1f} ({min(values):,.1f} to {max(values):,.1f}) | {gain} |"
             )
         parts.append("\n".join(lines))
+    if "ways" in results:
+        parts.append(ways_table(results["ways"]))
     if "memory" in results:
         lines = ["| sentences | tokens | peak of the process | seconds |", "|---:|---:|---:|---:|"]
         lines += [
@@ -252,12 +273,23 @@ def report(results: dict[str, Any]) -> str:
                     cells.append(f"{right / count:.1%} ({low:.1%} to {high:.1%})")
                 lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+        lines = [
+            "| weights in bfloat16 | PPL per character | a sentence's PPL moves by | at most | decisions changed |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, entry in entries.items():
+            low, pairs = entry["bfloat16"], sum(kind["pairs"] for kind in entry["kinds"].values())
+            lines.append(
+                f"| {name} | {low['ppl_per_character']:.1f} | {low['median_change']:.2%} | {low['largest_change']:.1%} "
+                f"| {low['decisions_changed']} of {pairs:,} |"
+            )
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("speed", "memory", "accuracy", "report", "child"))
+    parser.add_argument("part", choices=("speed", "ways", "memory", "accuracy", "report", "child"))
     parser.add_argument("--sentences", type=Path, help='JSON lines, {"text": ...}')
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--peer_sentences", type=int, default=200)
@@ -285,8 +317,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     results: dict[str, Any] = json.loads(found.out.read_text(encoding="utf-8")) if found.out.exists() else {}
     if found.part != "report":
+        from reformer_lm.text import load_tokenizer
+
         if found.part == "speed":
             results["speed"] = measure_speed(read_sentences(found.sentences), found.repetitions, found.peer_sentences)
+        elif found.part == "ways":
+            sentences = read_sentences(found.sentences) * WAYS_TIMES
+            results["ways"] = measure_ways(load_tokenizer(), sentences, found.repetitions)
         elif found.part == "memory":
             results["memory"] = measure_memory(found.sentences, found.counts)
         else:

@@ -8,10 +8,13 @@ from pathlib import Path
 import optimizers
 import pytest
 import scoring
+import scoring_ways
+import torch
 from damage import KINDS, damaged
 from machine import ROOT
 
 from reformer_lm import ReformerLMConfig, ReformerLMForCausalLM
+from reformer_lm.scoring import score
 from reformer_lm.text import load_tokenizer
 
 SENTENCES = ["春天来了，花开了，燕子飞回来了。", "他把门轻轻关上，走进了雨里。", "老人坐在河边钓鱼。"]
@@ -29,6 +32,7 @@ def test_speed_memory_and_accuracy_go_into_one_file(
 ) -> None:
     pytest.importorskip("reformer_pytorch")
     monkeypatch.setattr(scoring, "TIMES", 2)
+    monkeypatch.setattr(scoring, "WAYS_TIMES", 1)
     tokenizer = load_tokenizer()
     config = ReformerLMConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -38,19 +42,33 @@ def test_speed_memory_and_accuracy_go_into_one_file(
     tokenizer.save_pretrained(tmp_path / "model")
     given = ["--sentences", str(sentences), "--out", str(tmp_path / "scoring.json")]
     scoring.main(["speed", *given, "--repetitions", "1", "--peer_sentences", "2"])
+    scoring.main(["ways", *given, "--repetitions", "1"])
     scoring.main(["memory", *given, "--counts", "5"])
     scoring.main(["accuracy", *given, "--models", f"b={tmp_path / 'model'}"])
     results = json.loads((tmp_path / "scoring.json").read_text(encoding="utf-8"))
     assert set(results["speed"]) == set(scoring.SPEED_LABELS)
     assert results["speed"]["ours"]["sentences"] == 2 * len(SENTENCES)
     assert [(row["sentences"], row["tokens"]) for row in results["memory"]] == [(5, 2 * 16 + 2 * 14 + 9)]
-    assert set(results["machines"]) == {"speed", "memory", "accuracy"}
+    assert set(results["machines"]) == {"speed", "ways", "memory", "accuracy"}
+    assert set(results["ways"]["per_second"]) == {*scoring_ways.WAYS, *scoring_ways.BOUNDS}
+    in_bfloat16 = results["accuracy"]["b"]["bfloat16"]
+    assert 0 < in_bfloat16["median_change"] <= in_bfloat16["largest_change"] < 0.1
     for entry in results["accuracy"]["b"]["kinds"].values():
         assert 0 <= entry["right_by_likelihood"] <= entry["pairs"] == len(SENTENCES)
     capsys.readouterr()
     scoring.main(["report", *given[2:]])
     table = capsys.readouterr().out
     assert all(name in table for name in (*scoring.SPEED_LABELS.values(), *KINDS.values()))
+
+
+def test_each_way_gives_the_same_scores() -> None:
+    tokenizer = load_tokenizer()
+    model = scoring_ways.our_model(tokenizer)
+    expected = [result.nll for result in score(model, tokenizer, SENTENCES)]
+    for name, (_, patches, options, dtype) in scoring_ways.WAYS.items():
+        with scoring_ways.patched(patches):
+            found = [r.nll for r in score(model.to(dtype), tokenizer, SENTENCES, **options)]
+        assert found == pytest.approx(expected, rel=1e-6 if dtype == torch.float32 else 0.01), name
 
 
 def test_damaged_copies_differ_in_what_their_kind_says() -> None:
