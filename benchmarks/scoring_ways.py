@@ -23,13 +23,20 @@ Way = tuple[str, dict[str, Any], dict[str, Any], torch.dtype]
 
 _SORTED = {"reformer_lm.ops.lsh.MAX_TOKENS": 0}
 _TORCHS_PRODUCTS = {"reformer_lm.layers.linear._HAS_ONEDNN": False}
+_ONE_BATCH = {"reformer_lm.scoring.threads.MOST_BATCHES_AT_A_TIME": 1}
 _PADDED_TO_16 = {"reformer_lm.scoring.batches.padded_length": lambda length: -(-length // 16) * 16}
 WAYS: dict[str, Way] = {
     "as_it_is": ("`score()`", {}, {}, torch.float32),
     "sorted": ("attention of short texts sorted by bucket, like that of long ones", _SORTED, {}, torch.float32),
     "torchs_products": ("torch's own matrix products in place of oneDNN's", _TORCHS_PRODUCTS, {}, torch.float32),
     "padded_to_16": ("padded to multiples of 16 in place of 4", _PADDED_TO_16, {}, torch.float32),
-    "none_of_the_three": ("all three of these", {**_SORTED, **_TORCHS_PRODUCTS, **_PADDED_TO_16}, {}, torch.float32),
+    "one_batch": ("one batch at a time, on all threads, in place of one a thread", _ONE_BATCH, {}, torch.float32),
+    "none_of_these": (
+        "all four of these",
+        {**_SORTED, **_TORCHS_PRODUCTS, **_PADDED_TO_16, **_ONE_BATCH},
+        {},
+        torch.float32,
+    ),
     "tokens_1024": ("1,024 tokens a pass in place of 4,096", {}, {"batch_tokens": 1024}, torch.float32),
     "tokens_16384": ("16,384 tokens a pass", {}, {"batch_tokens": 16384}, torch.float32),
     "one_by_one": ("one text a pass", {}, {"batch_size": 1}, torch.float32),

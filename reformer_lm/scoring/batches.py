@@ -31,6 +31,10 @@ class Window:
     end_scored: int
 
 
+# Of an empty row.
+EMPTY = Window(-1, (), (), 0, 0)
+
+
 def cut_windows(text_index: int, sequence: Sequence[int], window: int, context: int, first: int = 0) -> list[Window]:
     """Cut a token sequence into windows that score each token from one on exactly once.
 

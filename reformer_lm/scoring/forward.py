@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reformer_lm.model import ReformerLMForCausalLM
-from reformer_lm.scoring.batches import Batch, rows_to_run
+from reformer_lm.scoring.batches import EMPTY, Batch, Window, rows_to_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,15 +47,17 @@ def score_batch(model: PreTrainedModel, batch: Batch, alternatives: int = 0) -> 
     Returns:
         For each window of the batch what became of the tokens that it scores.
     """
-    rows = rows_to_run(len(batch.windows), batch.length)
-    input_ids_BT = torch.zeros((rows, batch.length), dtype=torch.long)
-    targets_BT = torch.zeros_like(input_ids_BT)
-    is_scored_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    for row, window in enumerate(batch.windows):
-        input_ids_BT[row, : len(window.inputs)] = torch.tensor(window.inputs)
-        targets_BT[row, : len(window.targets)] = torch.tensor(window.targets)
-        scored = slice(len(window.inputs) - (window.end_scored - window.first_scored), len(window.inputs))
-        is_scored_BT[row, scored] = True
+    length = batch.length
+    rows = [*batch.windows, *[EMPTY] * (rows_to_run(len(batch.windows), length) - len(batch.windows))]
+    # Made from lists in one go: a tensor of each row would cost more time than the smallest batches take to run.
+    input_ids_BT, targets_BT, is_scored_BT = (
+        torch.tensor(lists)
+        for lists in (
+            [[*window.inputs, *[0] * (length - len(window.inputs))] for window in rows],
+            [[*window.targets, *[0] * (length - len(window.targets))] for window in rows],
+            [[False] * first + [True] * (end - first) + [False] * (length - end) for first, end in map(_scored, rows)],
+        )
+    )
     # No attention mask: nothing that stands behind a token can reach it. A mask would make the model cut the
     # batch to its longest row, and the length would depend on the company.
     device = getattr(model, "device", torch.device("cpu"))
@@ -75,6 +77,12 @@ def score_batch(model: PreTrainedModel, batch: Batch, alternatives: int = 0) -> 
         likeliest = [tuple(zip(tokens, values, strict=True)) for tokens, values in pairs]
         found.append(TokenScores(surprisals[begin:end], ranks[begin:end], likeliest))
     return found
+
+
+def _scored(window: Window) -> tuple[int, int]:
+    """The places of a window whose targets it scores: from the first to before the second."""
+    end = len(window.inputs)
+    return end - (window.end_scored - window.first_scored), end
 
 
 def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, places: Tensor) -> Iterator[Tensor]:

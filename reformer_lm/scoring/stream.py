@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from reformer_lm.errors import InputError
 from reformer_lm.scoring.batches import TOKENS_PER_BATCH, cut_windows, plan_batches
-from reformer_lm.scoring.forward import TokenScores, evaluation, score_batch
+from reformer_lm.scoring.forward import TokenScores, evaluation
 from reformer_lm.scoring.scores import Score
+from reformer_lm.scoring.threads import score_batches
 from reformer_lm.text import locate_tokens
 
 if TYPE_CHECKING:
@@ -242,7 +243,8 @@ def score_block(
         The scores, in the block's order.
     """
     located = locate_tokens(tokenizer, [text for _, text in block])
-    before = [ids for ids, _ in locate_tokens(tokenizer, [prefix for prefix, _ in block])]
+    prefixes = [prefix for prefix, _ in block]
+    before = [ids for ids, _ in locate_tokens(tokenizer, prefixes)] if any(prefixes) else [[]] * len(block)
     windows = []
     for index, ((ids, spans), prefix_ids) in enumerate(zip(located, before, strict=True)):
         if options.add_eos:
@@ -252,10 +254,9 @@ def score_block(
         windows += cut_windows(index, sequence, options.window, options.context, first=len(prefix_ids))
     found: list[list[tuple[int, TokenScores]]] = [[] for _ in block]
     with evaluation(model):
-        for batch in plan_batches(
-            windows, options.batch_size, options.window, options.batch_tokens, pad=_is_causal(model)
-        ):
-            for window, scored in zip(batch.windows, score_batch(model, batch, options.alternatives), strict=True):
+        batches = plan_batches(windows, options.batch_size, options.window, options.batch_tokens, pad=_is_causal(model))
+        for batch, results in zip(batches, score_batches(model, batches, options.alternatives), strict=True):
+            for window, scored in zip(batch.windows, results, strict=True):
                 found[window.text_index].append((window.first_scored, scored))
     scores = []
     for (_, text), (ids, spans), pieces in zip(block, located, found, strict=True):
