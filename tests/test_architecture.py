@@ -29,7 +29,8 @@ ALLOWED = {
     "pages": set(),
     "text": {"corpus", "command_line"},  # builds vocabularies from corpora
     "corpus": {"text"},
-    "scoring": {"model", "text"},
+    # scoring sees to it that the linear layers are given few shapes.
+    "scoring": {"layers", "model", "text"},
     "generation": {"text", "cache"},
     # training compiles the feed-forward blocks one by one.
     "training": {

@@ -18,20 +18,23 @@ class Linear(nn.Linear):
     little else. The library below torch gives it one thread's worth of bandwidth or lays the weight out anew first; as
     a batch of products, weight times column, it does neither.
 
-    Many rows are, in evaluation mode, multiplied by oneDNN, where torch would take MKL or another BLAS. Measured with 2
-    threads of an AMD EPYC, in GFLOP/s: 4,096 x 256 x 256 187 against 138, 4,096 x 256 x 1,024 208 against 159, 512 x
-    256 x 7,254 185 against 102; held to AVX2 157 against 152, 161 against 153, 182 against 112. A row's result is the
-    same to the last bit whatever the number of rows, from two on.
+    Many rows are, where ``few_shapes`` is set, multiplied by oneDNN, where torch would take MKL or another BLAS.
+    Measured with 2 threads of an AMD EPYC, in GFLOP/s: 4,096 x 256 x 256 187 against 138, 4,096 x 256 x 1,024 208
+    against 159, 512 x 256 x 7,254 185 against 102; held to AVX2 157 against 152, 161 against 153, 182 against 112. A
+    row's result is the same to the last bit whatever the number of rows, from two on.
     """
+
+    # oneDNN makes code for each number of rows and keeps that of the last thousand: hundreds of megabytes, where the
+    # number is another each time. So it is for callers who see to it that there are few, and not for training: a
+    # reversible layer's forward pass has no gradients, and its backward pass, which takes away what was added, has.
+    few_shapes = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
         if x.device.type == "cpu" and not torch.is_grad_enabled() and self._is_plain(x):
             rows = x.numel() // self.in_features
             if rows > FEW_ROWS:
-                # Not in training: a reversible layer's forward pass has no gradients, and its backward pass, which
-                # takes away what was added there, has.
-                if _HAS_ONEDNN and not self.training and x.dtype == torch.float32:
+                if self.few_shapes and _HAS_ONEDNN and x.dtype == torch.float32:
                     return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             elif rows and (blocks := self._blocks()):
                 return self._few_rows(x, rows, blocks)

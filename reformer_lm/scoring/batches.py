@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 # Tokens in one forward pass, padding included, unless told otherwise.
 TOKENS_PER_BATCH = 4096
 # Fewest tokens in one forward pass, empty rows included: more than layers/linear.py calls few.
 LEAST_TOKENS = 48
+# A rest of so many windows is not divided further.
+_SMALL_REST = 16
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,21 @@ def plan_batches(
         rows = max(1, batch_tokens // length)
         if batch_size is not None:
             rows = min(rows, batch_size)
-        batches.extend(Batch(group[first : first + rows], length) for first in range(0, len(group), rows))
+        first = 0
+        for count in _rows_of_batches(len(group), rows):
+            batches.append(Batch(group[first : first + count], length))
+            first += count
     return batches
+
+
+def _rows_of_batches(windows: int, most: int) -> Iterator[int]:
+    """Divide windows into batches of a power of two each, but for a small rest, which empty rows fill up."""
+    rows = 1 << (most.bit_length() - 1)
+    while windows:
+        while rows > windows and rows > _SMALL_REST:
+            rows //= 2
+        yield min(rows, windows)
+        windows -= min(rows, windows)
 
 
 def padded_length(length: int) -> int:
@@ -130,15 +145,17 @@ def padded_length(length: int) -> int:
 
 
 def rows_to_run(rows: int, length: int) -> int:
-    """Rows of a batch with the empty ones that it is filled up with, where it has hardly any tokens.
+    """Rows of a batch with the empty ones that it is filled up with.
 
-    Products of a few rows are taken by other kernels than those of many, which add up in another order.
+    There are few sizes of batches, since for each a library may make and keep code of its own; and none with hardly any
+    tokens, since products of a few rows are taken by other kernels, which add up in another order.
 
     Args:
         rows: Windows of the batch.
         length: Tokens of each, padding included.
 
     Returns:
-        At least ``rows``, and enough for `LEAST_TOKENS`.
+        A power of two, at least ``rows`` and enough for `LEAST_TOKENS`.
     """
-    return max(rows, -(-LEAST_TOKENS // length))
+    least = max(rows, -(-LEAST_TOKENS // length))
+    return 1 << (least - 1).bit_length()

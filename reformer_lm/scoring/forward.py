@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from reformer_lm.layers.linear import Linear
 from reformer_lm.model import ReformerLMForCausalLM
 from reformer_lm.scoring.batches import EMPTY, Batch, Window, rows_to_run
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Positions of all rows together whose probabilities are normalised at once: [512, vocabulary] floats.
 POSITIONS_PER_CHUNK = 512
+# Chunks are filled up to a multiple of it, so that they have few sizes, and none that layers/linear.py calls few rows.
+POSITIONS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _logit_chunks(model: PreTrainedModel, input_ids_BT: Tensor, places: Tensor) 
     if isinstance(model, ReformerLMForCausalLM):
         hidden = model.reformer(input_ids_BT).last_hidden_state.flatten(0, 1)
         for chunk in places.split(POSITIONS_PER_CHUNK):
-            padded = functional.pad(chunk, (0, rows_to_run(len(chunk), 1) - len(chunk)))
+            padded = functional.pad(chunk, (0, -len(chunk) % POSITIONS_MULTIPLE))
             yield model.compute_logits(hidden[padded])[: len(chunk)]
     else:
         # Another model may do more to its logits than apply its output layer.
@@ -118,8 +121,13 @@ def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients, and afterwards the mode that was."""
     was_training = model.training
     model.eval()
+    products = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in products:
+        module.few_shapes = True
     try:
         with torch.no_grad():
             yield
     finally:
+        for module in products:
+            module.few_shapes = False
         model.train(was_training)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Texts taken at a time by score_stream: enough to fill batches of every length, little enough to hold in
 # memory. A block ends earlier where its texts are long.
-TEXTS_PER_BLOCK = 1024
+TEXTS_PER_BLOCK = 2048
 CHARACTERS_PER_BLOCK = 1 << 20
 
 Block = list[tuple[str, str]]

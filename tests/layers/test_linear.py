@@ -39,7 +39,8 @@ def test_few_rows_are_what_torch_makes_of_them(shape: tuple[int, ...], out_featu
 @pytest.mark.parametrize("sizes", [(5, 7), (64, 64), (256, 33), (300, 1)])
 @pytest.mark.parametrize("shape", [(33,), (3, 40), (2, 3, 17), (1, 1000)])
 def test_many_rows_are_what_torch_makes_of_them(shape: tuple[int, ...], sizes: tuple[int, int], bias: bool) -> None:
-    layer = Linear(*sizes, bias=bias).eval()
+    layer = Linear(*sizes, bias=bias)
+    layer.few_shapes = True
     x = torch.randn(*shape, sizes[0])
     wide = [None if t is None else t.double() for t in (x, layer.weight, layer.bias)]
     expected = nn.functional.linear(*wide).float()
@@ -55,7 +56,8 @@ def test_many_rows_are_what_torch_makes_of_them(shape: tuple[int, ...], sizes: t
 
 @pytest.mark.skipif(not linear._HAS_ONEDNN, reason="this build of torch has no oneDNN")
 def test_a_row_does_not_depend_on_the_number_of_rows() -> None:
-    layer = Linear(96, 130).eval()
+    layer = Linear(96, 130)
+    layer.few_shapes = True
     x = torch.randn(1000, 96)
     with torch.no_grad():
         whole = layer(x)
@@ -63,7 +65,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows() -> None:
             assert torch.equal(layer(x[1 : 1 + rows]), whole[1 : 1 + rows]), rows
 
 
-def test_training_takes_torchs_products_with_and_without_gradients() -> None:
+def test_products_are_torchs_with_and_without_gradients_unless_few_shapes_are_promised() -> None:
     # A reversible layer's forward pass is without, and its backward pass takes away what that added.
     layer = Linear(96, 130)
     x = torch.randn(200, 96)
@@ -82,7 +84,8 @@ def test_gradients_flow_as_ever() -> None:
 
 def test_autocast_and_half_precision_are_left_to_torch() -> None:
     for rows in (1, 40):
-        layer = Linear(64, 64).eval()
+        layer = Linear(64, 64)
+        layer.few_shapes = True
         x = torch.randn(rows, 64)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

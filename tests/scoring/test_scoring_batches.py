@@ -48,10 +48,22 @@ def test_padding_is_little_and_to_a_multiple_of_four(length):
 
 
 @given(rows=st.integers(1, 100), length=st.integers(1, 100))
-def test_a_forward_pass_never_has_few_tokens(rows, length):
+def test_a_forward_pass_has_a_power_of_two_of_rows_and_never_few_tokens(rows, length):
     filled = rows_to_run(rows, length)
+    assert filled.bit_count() == 1
     assert filled * length > FEW_ROWS
-    assert filled == rows or (filled - 1) * length < LEAST_TOKENS
+    assert filled < 2 * rows or filled * length < 2 * LEAST_TOKENS + length
+
+
+@given(count=st.integers(1, 3000), batch_size=st.integers(4, 300))
+def test_batches_of_one_length_waste_little(count, batch_size):
+    windows = [Window(index, [0] * 20, [0] * 20, 0, 20) for index in range(count)]
+    batches = plan_batches(windows, batch_size, longest=64)
+    assert [w.text_index for batch in batches for w in batch.windows] == list(range(count))
+    rows = [rows_to_run(len(batch.windows), 20) for batch in batches]
+    assert max(rows) <= max(4, min(batch_size, 4096 // 20))
+    assert sum(rows) - count < 16
+    assert len(set(rows)) <= 8
 
 
 def test_chunked_attention_is_never_padded():
