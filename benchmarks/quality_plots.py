@@ -36,7 +36,10 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.grid(True, which="both", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if str(value)[0] in "235" else "")
+    low, high = axes.get_ylim()
+    # Over a wide range there is no room for all of them.
+    labelled = "123456789" if high < 3 * low else "235"
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if str(value)[0] in labelled else "")
     axes.tick_params(which="minor", labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

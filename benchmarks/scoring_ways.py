@@ -69,6 +69,8 @@ def patched(attributes: dict[str, Any]) -> Iterator[None]:
 
 def products_alone(model: nn.Module, scoring: Callable[[], object]) -> Callable[[], None]:
     """What a call does to the linear layers of a model, to be done again without the rest."""
+    from reformer_lm.scoring.forward import evaluation
+
     calls: list[tuple[nn.Module, Tensor]] = []
     inputs: dict[torch.Size, Tensor] = {}
 
@@ -82,7 +84,7 @@ def products_alone(model: nn.Module, scoring: Callable[[], object]) -> Callable[
         hook.remove()
 
     def again() -> None:
-        with torch.no_grad():
+        with evaluation(model):
             for layer, given in calls:
                 layer(given)
 
