@@ -78,7 +78,7 @@ def build_parser() -> CommandLineParser:
         choices=DTYPES,
         default="auto",
         help="number format of the weights; auto: as saved, float32 at least on a CPU. bfloat16 is faster where the "
-        "processor has it, and moves a PPL by about a hundredth",
+        "processor has it, and moves a PPL by some thousandths, rarely by hundredths",
     )
     job.add_argument(
         "--batch_size",

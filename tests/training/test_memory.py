@@ -71,7 +71,7 @@ def test_depth_is_extrapolated(reversible: str) -> None:
 
 def test_length_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
-    directly = memory._activations(config, 5, 1, 2048, CPU, None)
+    directly = memory._activations(config, 5, 1, 1024, CPU, None)
     monkeypatch.setattr(memory, "SHORT", 256)  # more than a CPU attends to in one piece
     lengths = []
     original = memory._activations
@@ -81,7 +81,7 @@ def test_length_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(config, layers, batch, tokens, *rest)
 
     monkeypatch.setattr(memory, "_activations", watched)
-    estimate = estimate_memory(config, 1, 2048, CPU)
+    estimate = estimate_memory(config, 1, 1024, CPU)
     assert lengths == [(2, 256), (3, 256), (2, 512)]
     slack = memory.KEPT_BY_THE_ALLOCATOR
     assert estimate.activations - slack == pytest.approx(directly - slack, rel=0.1)
