@@ -240,7 +240,7 @@ def report(results: dict[str, Any]) -> str:
         lines = ["| | sentences/s | `score()` is faster by |", "|---|---:|---:|"]
         for name, values in rates.items():
             middle = statistics.median(values)
-            gain = "" if name == "ours" else f"{own / middle:.1f}x"
+            gain = "" if name in ("ours", "ours_bfloat16") else f"{own / middle:.1f}x"
             lines.append(
                 f"| {SPEED_LABELS[name]} | {middle:,.1f} ({min(values):,.1f} to {max(values):,.1f}) | {gain} |"
             )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 TOKENS_PER_BATCH = 4096
 # Fewest tokens in one forward pass, empty rows included: more than layers/linear.py calls few.
 LEAST_TOKENS = 48
-# A rest of so many windows is not divided further.
-_SMALL_REST = 16
+# Windows of one length that have so few tokens are not divided further.
+_SMALL_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,17 @@ def plan_batches(
         if batch_size is not None:
             rows = min(rows, batch_size)
         first = 0
-        for count in _rows_of_batches(len(group), rows):
+        for count in _rows_of_batches(len(group), rows, length):
             batches.append(Batch(group[first : first + count], length))
             first += count
     return batches
 
 
-def _rows_of_batches(windows: int, most: int) -> Iterator[int]:
+def _rows_of_batches(windows: int, most: int, length: int) -> Iterator[int]:
     """Divide windows into batches of a power of two each, but for a small rest, which empty rows fill up."""
     rows = 1 << (most.bit_length() - 1)
     while windows:
-        while rows > windows and rows > _SMALL_REST:
+        while rows > windows and rows * length > _SMALL_BATCH_TOKENS:
             rows //= 2
         yield min(rows, windows)
         windows -= min(rows, windows)
